@@ -1,0 +1,55 @@
+# make demo | test | lab | lint | export-check | readme | clean.  Everything lives in .venv; a second call installs nothing.
+SHELL  := /bin/bash
+VENV   := .venv
+BIN    := $(VENV)/bin
+RECIPE := settings.ini setup.py constraints.txt
+STAMP  := $(VENV)/.installed-$(shell cat $(RECIPE) | cksum | cut -d' ' -f1)
+# the first interpreter between 3.10 and 3.12; override with  make PYTHON=/path/to/python3.11 demo
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+RUFF_FLAGS := --line-length 140 --target-version py310 --select E4,E7,E9,F,B,UP --ignore E402,E731,E741,F403,F405,B905,B008
+
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+export PYTHONHASHSEED  ?= 0
+
+.PHONY: help install demo test lab lint export export-check readme clean
+
+help:
+	@grep -E '^# make' Makefile | sed 's/^# //'
+
+install: $(STAMP)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.12 on PATH. Remedy: install one, or name it: make PYTHON=/path/to/python3.11 demo" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv/ensurepip. Remedy: install the python3-venv package of your system, or name another interpreter with PYTHON=" >&2; exit 1; }
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
+	@echo "installing into $(VENV) (a few minutes, once)"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+		|| { echo "make: the installation failed. Remedy: check the package index and the free disk space (about 3 GB), then call make again" >&2; exit 1; }
+	@rm -f "$(VENV)"/.installed-* && touch "$@"
+
+demo: $(STAMP)
+	@$(BIN)/gears demo --out demo
+
+test: $(STAMP) lint
+	@$(BIN)/python -m pytest -q tests
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab --notebook-dir=nbs
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet $(RUFF_FLAGS) nbs tests setup.py
+
+export: $(STAMP)
+	@$(BIN)/nbdev_export
+
+# the package must be exactly what the notebooks export
+export-check: $(STAMP)
+	@$(BIN)/python -m pytest -q tests/test_notebooks.py -k "export or living"
+
+readme: $(STAMP)
+	@$(BIN)/python -m gears_nb.runs.readme
+
+clean:
+	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

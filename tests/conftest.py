@@ -1,0 +1,32 @@
+"""Shared set-up: one thread, few and repeatable hypothesis examples, tiny fixtures."""
+from __future__ import annotations
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("tiny", deadline=None, max_examples=15, derandomize=True, database=None)
+settings.load_profile("tiny")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A numpy generator that starts the same in every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def shape(rng: np.random.Generator) -> np.ndarray:
+    """Forty points in the plane, off centre and not round."""
+    return rng.normal(size=(40, 2)) * [3.0, 1.0] + [10.0, -5.0]
