@@ -229,7 +229,7 @@ def test_every_setting_can_be_overridden_by_its_own_path_and_changes_the_digest(
             node = getattr(node, name)
         same = cfg.override(base, {path: getattr(node, last)})
         assert same == base, path
-    for key, value in {"encoder.smooth": [8], "targets.k": 9, "seed": 1, "device": "cpu", "min_genes": 3}.items():
+    for key, value in {"encoder.width": [8], "targets.k": 9, "seed": 1, "device": "cpu", "min_genes": 3}.items():
         assert cfg.digest(cfg.override(base, {key: value})) != cfg.digest(base), key
 
 
@@ -244,9 +244,9 @@ def test_unknown_and_missing_fields_are_refused():
 
 
 def test_command_line_overrides():
-    parsed = cfg.parse_overrides(["seed=3", "encoder.smooth=[8, 20]", "structure.patience=None", "device=cpu"])
+    parsed = cfg.parse_overrides(["seed=3", "encoder.width=[8, 20]", "structure.patience=None", "device=cpu"])
     config = cfg.profile("toy", **parsed)
-    assert (config.seed, config.encoder.smooth, config.structure.train.patience) == (3, (8, 20), None)
+    assert (config.seed, config.encoder.width, config.structure.train.patience) == (3, (8, 20), None)
     assert config.encoder.train.device == config.structure.train.device == "cpu"
     with pytest.raises(InputError, match="key=value"):
         cfg.parse_overrides(["seed"])

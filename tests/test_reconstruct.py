@@ -20,7 +20,7 @@ from gears_nb.core.gauge import gauge_fix, procrustes
 from gears_nb.reconstruct.patches import build_graph, knn, sample_patches
 from gears_nb.reconstruct.patchwise import estimate_memory, patch_geometry, reconstruct
 from gears_nb.reconstruct.solve import canonical, classical_mds, huber_solve, landmark_isomap
-from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, stitch, weighted_median
+from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
 from gears_nb.structure.protocol import Geometry, GeometryModel
 
 PATCHES = PatchConfig(size=96, landmarks=24, k_graph=12, batch=16)
@@ -67,7 +67,7 @@ def exact(cells):
 
 
 def test_exact_recovery(cells, exact):
-    H, truth = cells
+    truth = cells[1]
     assert exact.diagnostics["patches"] > 10
     assert error(exact.X, truth) < 1e-3
     assert spearmanr(pdist(exact.X), pdist(truth))[0] > 0.999
@@ -109,6 +109,15 @@ def test_ensemble_beats_its_members(cells):
     alone = error(reconstruct(Oracle(0.15), H, PATCHES, SOLVE).X, truth)
     crew = reconstruct([Oracle(0.15) for _ in range(4)], H, PATCHES, SOLVE)
     assert crew.diagnostics["members"] == 4 and error(crew.X, truth) < 0.8 * alone
+
+
+def test_subtracting_noise_brings_neighbours_back(cells):
+    H, truth = cells
+    near = lambda X: np.argsort(np.linalg.norm(X[:, None] - X[None], axis=-1), axis=1)[:, 1:21]
+    recall = lambda X: np.mean([len(np.intersect1d(a, b)) / 20 for a, b in zip(near(X), near(truth))])
+    raw, corrected = (reconstruct([Oracle(0.3)] * 3, H, PATCHES, SOLVE, **k) for k in ({"subtract": 0.0}, {}))
+    assert recall(corrected.X) > recall(raw.X) + 0.1
+    assert error(corrected.X, truth) < error(raw.X, truth)
 
 
 def test_outlier_patch_is_silenced(cells):

@@ -358,6 +358,16 @@ def test_augmentation_only_in_training_and_only_from_rng():
     assert a == b != c
 
 
+def test_half_precision_keeps_coordinates_single():
+    model, (H, targets) = awake(32), world()
+    exact = model.losses(H, targets)["loss"].item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, terms = model(H), model.losses(H, targets)
+        terms["loss"].backward()
+    assert out.X.dtype == torch.float32 and terms["loss"].item() == pytest.approx(exact, rel=0.1)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_entropy_deficit_counts_real_rows_only():
     support = torch.eye(6, dtype=torch.bool)[None].clone()
     support[0, :4, :4] = True

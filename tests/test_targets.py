@@ -259,6 +259,13 @@ def test_wild_predictions_have_finite_energy_and_gradient(wild):
     assert torch.isfinite(E).all() and torch.isfinite(X.grad).all()
 
 
+def test_energy_ignores_autocast():
+    t, guess = build_targets(cloud(1, 60, dtype=torch.float32)), cloud(1, 60, seed=1, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = energy(guess, t).total.item()
+    assert inside == energy(guess, t).total.item()
+
+
 def test_energy_refuses_wrong_shapes_and_words():
     t = build_targets(cloud(2, 30))
     with pytest.raises(InputError, match="does not fit"):

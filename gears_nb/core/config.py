@@ -34,8 +34,8 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dropout", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
     **dict.fromkeys(("epochs", "patience", "patience_after", "warmup", "rw_ramp", "gate_pretrain", "iterations"), (0, float("inf"))),
     **dict.fromkeys(("noise", "h_noise", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
-    **dict.fromkeys(("lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight"), (0, float("inf"))),
-    **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "members"), (1, float("inf"))),
+    **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight"), (0, float("inf"))),
+    **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
     **dict.fromkeys(("checkpoint_every", "positives", "n_hvg", "min_genes", "landmarks", "overlap", "width"), (1, float("inf"))),
     **dict.fromkeys(("lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
 }
@@ -110,6 +110,7 @@ class EncoderConfig(Section):
 
     width: tuple[int, ...]  # hidden layers between genes and embedding
     dim: int  # embedding size
+    stem: int  # of these, frozen principal components; the rest is learned
     batch: int  # spots per step
     train: TrainConfig
     dropout: float = 0.1
@@ -122,7 +123,10 @@ class EncoderConfig(Section):
     gene_dropout: float = 0.2  # augmentation: share of genes set to zero
     noise: float = 0.1  # augmentation: additive Gaussian
     scale_jitter: float = 0.1  # augmentation: multiplicative, log-scale
-    smooth: tuple[int, ...] = ()  # sizes of expression neighbourhoods whose means are appended as context
+    context: int = 30  # similar cells of the same source that are averaged with each cell, at two ranges
+    own: float = 0.5  # weight of a cell's own profile beside its context
+    gene_gain: float = 0.2  # augmentation: slide-wide gain of each gene, log-scale
+    adapter: bool = False  # move embeddings of a query into the cloud of the reference (SCAdapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +208,7 @@ TABLE: dict[str, tuple[Any, Any, Any]] = {
     "n_hvg":                        (200,     1500,       3000),
     "encoder.width":                ((64,),   (512, 256), (512, 256)),
     "encoder.dim":                  (32,      128,        128),
+    "encoder.stem":                 (16,      64,         64),
     "encoder.batch":                (64,      256,        512),
     "encoder.train.epochs":         (2,       60,         400),
     "encoder.train.lr":             (1e-3,    1e-3,       1e-4),

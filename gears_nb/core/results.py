@@ -53,7 +53,7 @@ def find_notebook(chapter: str, name: str, root: Path | None = None) -> Path | N
     found = [p for p in sorted(folder.glob("*.ipynb")) if p.stem == name or p.stem.split("_", 1)[-1] == name]
     return found[0] if found else None
 
-# %% ../../nbs/core/09_results.ipynb #fb0ef4ce
+# %% ../../nbs/core/09_results.ipynb #eed930e7
 _RECORDED = ("gears_nb", "torch", "numpy", "scipy", "scikit-learn", "scanpy", "anndata", "POT")
 
 
@@ -88,7 +88,7 @@ def peak_rss_mb() -> float:
     import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-# %% ../../nbs/core/09_results.ipynb #ad716428
+# %% ../../nbs/core/09_results.ipynb #ed1d22f8
 def plain(value: Any) -> Any:
     """`value` as JSON types: numpy and torch scalars and arrays become numbers and lists, NaN and infinity become None."""
     if isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in x) / (len(x) - 1)) if len(x) > 1 else 0.0
     return {"mean": mean, "std": std, "n": len(x)}
 
-# %% ../../nbs/core/09_results.ipynb #cee3cc4a
+# %% ../../nbs/core/09_results.ipynb #2d3c09a1
 SCORE_KEYS = ("spearman", "pearson", "stress1", "edge_auc", "bap", "shell_f1", "trust20", "cont20", "swd", "w1_knn")
 ROW_KEYS = ("protocol", "dataset", "method", "version", "seed", *SCORE_KEYS, "seconds", "peak_rss_mb")
 REQUIRED_METRICS: dict[str, tuple[str, ...]] = {
@@ -135,7 +135,7 @@ REQUIRED_METRICS: dict[str, tuple[str, ...]] = {
 }
 _TOP_KEYS = ("experiment", "params", "data", "versions", "machine", "seconds", "metrics", "verdicts")
 
-# %% ../../nbs/core/09_results.ipynb #2d3c09a1
+# %% ../../nbs/core/09_results.ipynb #1c90c205
 def _find_problem(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """(field, problem) of the first fault in a results record, or None."""
     missing = [k for k in _TOP_KEYS if k not in record]
@@ -168,7 +168,7 @@ def validate_score_row(row: Mapping[str, Any], source: str = "score row") -> dic
         raise InputError(source, gone[0], "is missing", f"a score row has the keys {', '.join(ROW_KEYS)}")
     return plain(row)
 
-# %% ../../nbs/core/09_results.ipynb #bc26371c
+# %% ../../nbs/core/09_results.ipynb #76da1854
 def figures_root(profile: str = "toy") -> Path:
     """Where results of a profile live: `figures/`, or the git-ignored `runs/smoke/figures/` for `smoke`.
     The environment variable GEARS_FIGURES overrides both."""
@@ -230,7 +230,7 @@ class Experiment:
             Path(tmp).write_text(text, encoding="utf-8")
         return target
 
-# %% ../../nbs/core/09_results.ipynb #70383ab8
+# %% ../../nbs/core/09_results.ipynb #77fa71e4
 def load_results(root: Path | None = None) -> dict[str, dict[str, Any]]:
     """All results below `root` (default: the committed `figures/`) as {"chapter/name": record}, each one validated."""
     base = Path(root or figures_root())

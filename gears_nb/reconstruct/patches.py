@@ -313,7 +313,7 @@ def sample_patches(graph: CellGraph, H: np.ndarray, *, size: int = 256, landmark
     rows, filled = _cover(graph.adjacency, banned, home, size - len(marks), overlap, restart, walkers, rng)
     return Patches(np.concatenate([np.broadcast_to(marks, (len(rows), len(marks))), rows], axis=1), len(marks), N, filled)
 
-
+# %% ../../nbs/reconstruct/01_patches.ipynb #593778e6
 def _cover(A: sp.csr_matrix, banned: np.ndarray, home: np.ndarray, m: int, overlap: int, restart: float, walkers: int,
            rng: np.random.Generator) -> tuple[np.ndarray, int]:
     "Rows (P, m) of walked cells that cover every cell outside `banned` at least `overlap` times, and the number of filled entries."

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..core.progress import progress as progress_bar
 from ..core.seeding import torch_rng
 from .patches import CellGraph, Patches, build_graph, sample_patches
 from .solve import Solution, canonical, huber_solve, landmark_isomap
-from .stitch import PatchGeometry, Stitched, edge_pattern, observe, stitch
+from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
 
 if TYPE_CHECKING:
     from gears_nb.structure.protocol import GeometryModel
@@ -170,12 +170,12 @@ def _start_landmarks(patches: Patches, limit: int) -> np.ndarray:
     return pool[:max(3, limit)]
 
 
-def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, patches: PatchConfig, solve: SolveConfig, *, seed: int = 0,
-                progress: bool = False) -> Reconstruction:
+def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, patches: PatchConfig, solve: SolveConfig, seed: int = 0,
+                progress: bool = False, *, subtract: float = SUBTRACT) -> Reconstruction:
     """Lay out N cells from embeddings `H` (N, d) by a geometry model, or by an ensemble of them.
 
-    Ensemble members are averaged as distances within each patch; their disagreement lowers the confidence. The result does not depend on
-    the order of cells. Warns (`GearsWarning`) about islands and about memory; raises `InputError` for unusable input.
+    Ensemble members are averaged as distances within each patch; their disagreement lowers the confidence. `subtract` is passed
+    to `stitch`. The result does not depend on the order of cells. Warns (`GearsWarning`) about islands and about memory; raises `InputError` for unusable input.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     H, clock = _checked_embedding(H, models), _Clock()
@@ -189,7 +189,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     label = f"{len(H)} cells in {len(cover.index)} patches, about {need / 1e9:.1f} GB"
     geometry = patch_geometry(models, H, cover, batch=patches.batch, seed=seed, progress=progress, label=label)
     clock("model")
-    stitched, rows = _stitched(geometry, cover, graph, H, seed)
+    stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
     clock("stitch")
     start = landmark_isomap(stitched.csr(len(H)), _start_landmarks(cover, solve.landmarks))
     clock("start")
@@ -200,17 +200,18 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     return _finish(stitched, solution, order, about)
 
 # %% ../../nbs/reconstruct/04_patchwise.ipynb #8316dd7e
-def _stitched(geometry: PatchGeometry, cover: Patches, graph: CellGraph, H: np.ndarray, seed: int) -> tuple[Stitched, int]:
+def _stitched(geometry: PatchGeometry, cover: Patches, graph: CellGraph, H: np.ndarray, seed: int,
+              subtract: float) -> tuple[Stitched, int]:
     "Consensus distances, and the number of measurements behind them; the large table dies here."
     pairs = edge_pattern(geometry, cover, graph, H, local=LOCAL, anchors=ANCHORS, seed=seed)
     table = observe(geometry, cover, pairs)
-    return stitch(table, len(H)), len(table.edge)
+    return stitch(table, len(H), subtract=subtract), len(table.edge)
 
 
 def _finish(stitched: Stitched, solution: Solution, order: np.ndarray, about: dict[str, Any]) -> Reconstruction:
     "Into unit-RMS gauge and back into the caller's order."
     unit = float(rms(solution.X - solution.X.mean(0)))
-    stitched = Stitched(stitched.pairs, stitched.distance / unit, *(getattr(stitched, f) for f in ("spread", "count", "reliability", "scale", "dropped")))
+    stitched = replace(stitched, distance=stitched.distance / unit, variance=stitched.variance / unit**2)
     X = canonical(solution.X)
     sure = cell_confidence(X, stitched)
     place, out, confidence = stitched.csr(len(X)).tocoo(), np.empty_like(X), np.empty_like(sure)

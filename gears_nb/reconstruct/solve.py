@@ -49,7 +49,7 @@ def smacof(D: np.ndarray, X: np.ndarray, iterations: int = 50) -> np.ndarray:
 def laterate(Y: np.ndarray, row: np.ndarray, landmark: np.ndarray, distance: np.ndarray, n_cells: int) -> np.ndarray:
     """Positions (N, 2) of cells from landmarks `Y` (L, 2) and entries (row, landmark, distance), batched least squares.
 
-    Cells land at most slightly outside the landmarks' circle, which bounds the harm of contradictory distances.
+    Cells land at most at twice the landmarks' radius, which bounds the harm of contradictory distances.
     """
     unit = np.sqrt((Y**2).sum(1).mean())
     Y, d = Y / unit, distance / unit
@@ -61,7 +61,7 @@ def laterate(Y: np.ndarray, row: np.ndarray, landmark: np.ndarray, distance: np.
     b = np.array([add(basis[a] * rhs) for a in range(3)]).T
     ridge = 1e-9 * np.maximum(np.trace(A, axis1=1, axis2=2), 1e-9)[:, None, None] * np.eye(3)
     X = np.linalg.solve(A + ridge, b[..., None])[:, :2, 0]
-    radius, limit = np.linalg.norm(X, axis=1), 1.2 * np.linalg.norm(Y, axis=1).max()
+    radius, limit = np.linalg.norm(X, axis=1), 2 * np.linalg.norm(Y, axis=1).max()
     return unit * X * np.minimum(1, limit / np.maximum(radius, 1e-12))[:, None]
 
 # %% ../../nbs/reconstruct/03_solve.ipynb #e70acbd5
@@ -120,8 +120,9 @@ class Solution:
     iterations: int
 
 
-def _misfit(flat: np.ndarray, B: sp.csr_matrix, d: np.ndarray, w: np.ndarray, X0: np.ndarray, delta: float, anchor: float) -> tuple[float, np.ndarray]:
-    "Objective and gradient at `flat` (2N,) for incidence `B` (E, N), unit-median distances `d`, weights `w` (E,) summing to one."
+def _misfit(flat: np.ndarray, B: sp.csr_matrix, d: np.ndarray, w: np.ndarray, X0: np.ndarray, delta: float, anchor: float,
+            scale: float = 1.0) -> tuple[float, np.ndarray]:
+    "`scale` times objective and gradient at `flat` (2N,) for incidence `B` (E, N), unit-median distances `d`, weights `w` (E,) summing to one."
     X = flat.reshape(-1, 2)
     diff = B @ X
     length = np.sqrt((diff * diff).sum(1) + 1e-18)
@@ -130,7 +131,7 @@ def _misfit(flat: np.ndarray, B: sp.csr_matrix, d: np.ndarray, w: np.ndarray, X0
     shift = X - X0
     value = w @ (force * (r - force / 2)) + anchor * (shift * shift).sum() / len(X)
     gradient = B.T @ (diff * (w * force / length)[:, None]) + (2 * anchor / len(X)) * shift
-    return value, gradient.ravel()
+    return scale * value, scale * gradient.ravel()
 
 # %% ../../nbs/reconstruct/03_solve.ipynb #30bb18c8
 def stress1(d_map: np.ndarray, d: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -153,10 +154,11 @@ _REASONS = {0: "converged: the misfit or its gradient stopped changing", 1: "sto
 
 
 def huber_solve(pairs: np.ndarray, distance: np.ndarray, X0: np.ndarray, *, weight: np.ndarray | None = None, iterations: int = 300,
-                huber_delta: float = 0.1, anchor_weight: float = 1e-3, tolerance: float = 1e-7) -> Solution:
+                huber_delta: float = 0.1, anchor_weight: float = 1e-3, tolerance: float = 3e-6) -> Solution:
     """Refine the start `X0` (N, 2) towards `distance` (E,) of `pairs` (E, 2), with confidences `weight` (E,), default ones.
 
-    huber_delta: residual where the penalty turns linear, in units of the median distance. tolerance: relative fall of the misfit below which the search ends.
+    huber_delta: residual where the penalty turns linear, in units of the median distance. tolerance: fall of the misfit in one step, relative to the
+    misfit of the start, below which the search ends.
     Raises `InputError` if distances are not finite and non-negative.
     """
     if not (np.isfinite(distance).all() and (distance >= 0).all() and len(distance)):
@@ -167,7 +169,9 @@ def huber_solve(pairs: np.ndarray, distance: np.ndarray, X0: np.ndarray, *, weig
     w = confidence / (d + 0.1)
     B = sp.csr_matrix((np.tile([1.0, -1.0], E), pairs.ravel(), np.arange(0, 2 * E + 1, 2)), (E, N))
     start = np.asarray(X0, float) / unit
-    out = minimize(_misfit, start.ravel(), args=(B, d, w / w.sum(), start, huber_delta, anchor_weight), jac=True, method="L-BFGS-B",
+    args = (B, d, w / w.sum(), start, huber_delta, anchor_weight)
+    scale = 1 / max(_misfit(start.ravel(), *args)[0], 1e-12)
+    out = minimize(_misfit, start.ravel(), args=(*args, scale), jac=True, method="L-BFGS-B",
                    options={"maxiter": iterations, "maxfun": 2 * iterations + 20, "ftol": tolerance, "gtol": 1e-9, "maxcor": 8})
     X = out.x.reshape(-1, 2)
     stress, quantiles, cell = _account(X, pairs, d, confidence)

@@ -15,8 +15,9 @@ from ..core.seeding import np_rng
 from .patches import CellGraph, Patches, _sqdist, random_walks, unit_rows
 
 # %% auto #0
-__all__ = ['PatchGeometry', 'local_pairs', 'landmark_pairs', 'edge_pattern', 'Observations', 'observe', 'patch_scales',
-           'segment_starts', 'weighted_median', 'reliability', 'Stitched', 'solve_patches', 'keep_edges', 'stitch']
+__all__ = ['SUBTRACT', 'PatchGeometry', 'local_pairs', 'landmark_pairs', 'edge_pattern', 'Observations', 'observe',
+           'patch_scales', 'segment_starts', 'weighted_median', 'reliability', 'cell_variance', 'subtract_noise',
+           'Stitched', 'solve_patches', 'keep_edges', 'stitch']
 
 # %% ../../nbs/reconstruct/02_stitch.ipynb #b469c66e
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def local_pairs(geometry: PatchGeometry, patches: Patches, k: int, batch: int = 
     out_i, out_j = [], []
     for s in range(0, len(patches.index), batch):
         D, index = geometry.mean_distance(slice(s, s + batch)), patches.index[s : s + batch]
-        B, n = index.shape
+        n = index.shape[1]
         D[:, np.arange(n), np.arange(n)] = np.inf
         near = np.argpartition(D, min(k, n - 1) - 1, axis=2)[:, :, : min(k, n - 1)]
         out_i.append(np.repeat(index, near.shape[2], axis=1).ravel())
@@ -111,7 +112,7 @@ class Observations:
         "The table restricted to some rows (ascending)."
         return Observations(self.pairs, self.edge[rows], self.patch[rows], self.value[:, rows], self.n_patches)
 
-
+# %% ../../nbs/reconstruct/02_stitch.ipynb #3a889af1
 def observe(geometry: PatchGeometry, patches: Patches, pairs: np.ndarray) -> Observations:
     "Measure every pair in every patch that holds both cells; pairs that never meet are dropped."
     member, P = patches.membership, len(patches.index)
@@ -142,7 +143,7 @@ def _slot(patches: Patches, cell: np.ndarray, patch: np.ndarray) -> np.ndarray:
     slot[rest] = np.where(keys[at] == query, member.data[at] - 1, -1)
     return slot
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #3387eb73
+# %% ../../nbs/reconstruct/02_stitch.ipynb #2018e524
 def patch_scales(edge: np.ndarray, patch: np.ndarray, value: np.ndarray, n_patches: int, weight: np.ndarray | None = None) -> np.ndarray:
     "Log scales (P,) with mean zero, least squares on log distances `value` (R,) of `edge` seen in `patch`, weights (R,)."
     w = np.ones(len(edge)) if weight is None else np.asarray(weight, float)
@@ -157,7 +158,7 @@ def patch_scales(edge: np.ndarray, patch: np.ndarray, value: np.ndarray, n_patch
     scale = cg(A, rhs, rtol=1e-10, maxiter=200, M=sp.diags(1 / diagonal))[0]
     return scale - scale.mean()
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #c4246b63
+# %% ../../nbs/reconstruct/02_stitch.ipynb #14778e06
 def segment_starts(edge: np.ndarray) -> np.ndarray:
     "First row of each run of equal values in sorted `edge` (R,)."
     return np.flatnonzero(np.r_[True, edge[1:] != edge[:-1]])
@@ -189,18 +190,44 @@ def reliability(edge: np.ndarray, patch: np.ndarray, residual: np.ndarray, n_pat
         return np.where(known & (disagreement > 1e-2), 1e-3, 1.0)
     return np.where(known, np.maximum(np.exp(-disagreement / middle), 1e-3), np.exp(-1))
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #9a18e4b7
+# %% ../../nbs/reconstruct/02_stitch.ipynb #5a5b86c7
+def cell_variance(pairs: np.ndarray, distance: np.ndarray, spread: np.ndarray, n_cells: int, sweeps: int = 4) -> np.ndarray:
+    "Positional variance per coordinate (N,) with variance of long distances = v_i + v_j, by damped median sweeps."
+    far = distance > 0.7 * np.median(distance)
+    i, j = pairs[far].T
+    variance = np.tile((spread[far] * distance[far]) ** 2, 2)
+    cell, other = np.concatenate([i, j]), np.concatenate([j, i])
+    order = np.argsort(cell, kind="stable")
+    cell, other, variance = cell[order], other[order], variance[order]
+    seen, ones = np.unique(cell), np.ones(len(cell), np.float32)
+    v = np.full(n_cells, np.median(variance) / 2 if len(variance) else 0.0)
+    for _ in range(sweeps):
+        v[seen] = (v[seen] + np.maximum(weighted_median(cell, variance - v[other], ones), 0)) / 2
+    return v
+
+
+SUBTRACT = 2 * float(np.log(2))
+"Square of the median distance of two coinciding cells, per unit of v_i + v_j (the median of a Rayleigh law)."
+
+
+def subtract_noise(pairs: np.ndarray, distance: np.ndarray, variance: np.ndarray, amount: float = SUBTRACT, floor: float = 0.3) -> np.ndarray:
+    "Distances (E,) without the length that positional noise `variance` (N,) adds; at least `floor` of the measured ones. `amount=0` switches it off."
+    extra = variance[pairs[:, 0]] + variance[pairs[:, 1]]
+    return np.sqrt(np.maximum(distance**2 - amount * extra, (floor * distance) ** 2))
+
+# %% ../../nbs/reconstruct/02_stitch.ipynb #c8ad9b18
 @dataclass(frozen=True)
 class Stitched:
     """Sparse consensus distances. pairs: (E, 2), i < j; distance, spread, count: (E,), spread is the relative (log) standard deviation.
 
-    reliability: (M, P) trust in each member's patch; scale: (M, P) log scales that were removed; dropped: number of pairs the filters removed.
+    variance: (N,) positional variance of each cell per coordinate, already subtracted from `distance`. reliability: (M, P) trust in each member's patch; scale: (M, P) log scales that were removed; dropped: number of pairs the filters removed.
     """
 
     pairs: np.ndarray
     distance: np.ndarray
     spread: np.ndarray
     count: np.ndarray
+    variance: np.ndarray
     reliability: np.ndarray
     scale: np.ndarray
     dropped: int
@@ -211,7 +238,7 @@ class Stitched:
         upper = sp.csr_matrix((v, (self.pairs[:, 0], self.pairs[:, 1])), (n_cells, n_cells))
         return (upper + upper.T).tocsr()
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #5a5b86c7
+# %% ../../nbs/reconstruct/02_stitch.ipynb #abcebaf1
 def _calibration_rows(obs: Observations, limit: int) -> np.ndarray:
     "Rows that calibrate patches: all, or at most about `limit`: every row of the most shared edges, then an even part of the rest."
     count = np.bincount(obs.edge)
@@ -243,7 +270,7 @@ def solve_patches(obs: Observations, rounds: int = 2, limit: int = 1_000_000) ->
         trust = reliability(edge, patch, fixed - weighted_median(edge, fixed, trust[patch])[edge], M * P)
     return scale.reshape(M, P), trust.reshape(M, P)
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #c8ad9b18
+# %% ../../nbs/reconstruct/02_stitch.ipynb #8674e9e1
 def keep_edges(pairs: np.ndarray, bad: np.ndarray, spread: np.ndarray, n_cells: int, min_edges: int = 8) -> np.ndarray:
     "Mask (E,) of good pairs, plus the `min_edges` best (good first, then smallest spread) of every cell."
     cell = pairs.T.ravel()
@@ -256,21 +283,26 @@ def keep_edges(pairs: np.ndarray, bad: np.ndarray, spread: np.ndarray, n_cells: 
     return keep
 
 
-def stitch(obs: Observations, n_cells: int, *, min_count: int = 2, max_spread: float = 3.0, min_edges: int = 8) -> Stitched:
+def stitch(obs: Observations, n_cells: int, *, min_count: int = 2, max_spread: float = 3.0, min_edges: int = 8,
+           subtract: float = SUBTRACT) -> Stitched:
     """Consensus distances from all measurements.
 
     Pairs seen in fewer than `min_count` patches (if there is more than one patch) or with a spread above `max_spread` times the median are dropped
-    unless a cell needs them.
+    unless a cell needs them; pairs seen by all patches (the landmarks') always stay. `subtract` times the length that noise adds is taken off (0: none).
     """
     scale, trust = solve_patches(obs)
     log_d, weight, member_var = _member_mean(obs, scale, trust)
     middle = weighted_median(obs.edge, log_d, weight)
-    count, spread = _spread(obs.edge, log_d - middle[obs.edge], weight, member_var)
+    count, spread = _spread(obs.edge, log_d - middle[obs.edge], weight, member_var, middle)
     bad = (count < min(min_count, obs.n_patches)) | (spread > max_spread * max(np.median(spread), 1e-4))
+    bad &= count < obs.n_patches
     keep = keep_edges(obs.pairs, bad, spread, n_cells, min_edges)
-    return Stitched(obs.pairs[keep], np.exp(middle[keep]).astype(np.float64), spread[keep], count[keep], trust, scale, int((~keep).sum()))
+    pairs, distance = obs.pairs[keep], np.exp(middle[keep]).astype(np.float64)
+    variance = cell_variance(pairs, distance, spread[keep], n_cells)
+    distance = subtract_noise(pairs, distance, variance, subtract)
+    return Stitched(pairs, distance, spread[keep], count[keep], variance, trust, scale, int((~keep).sum()))
 
-# %% ../../nbs/reconstruct/02_stitch.ipynb #341fb1a6
+# %% ../../nbs/reconstruct/02_stitch.ipynb #68077839
 def _member_mean(obs: Observations, scale: np.ndarray, trust: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Per row: log of the trust-weighted mean distance over members, its weight, and the variance of the members' logs."
     shift, weight = scale.astype(np.float32), trust.astype(np.float32)
@@ -283,12 +315,15 @@ def _member_mean(obs: Observations, scale: np.ndarray, trust: np.ndarray) -> tup
     return np.log(mean / total), total / len(shift), np.maximum(second / total - (first / total) ** 2, 0)
 
 
-def _spread(edge: np.ndarray, residual: np.ndarray, weight: np.ndarray, member_var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Measurements per edge and the shrunk relative standard deviation (E,): between patches plus between members."
+def _spread(edge: np.ndarray, residual: np.ndarray, weight: np.ndarray, member_var: np.ndarray, middle: np.ndarray,
+            bins: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    "Measurements per edge and the shrunk relative standard deviation (E,), between patches plus between members; `middle` (E,) log distances."
     start = segment_starts(edge)
     count, total = np.diff(np.r_[start, len(edge)]), np.add.reduceat(weight, start)
     square = np.add.reduceat(weight * residual**2, start) / total * count
     inner = np.add.reduceat(weight * member_var, start) / total
-    several = count > 1
-    prior = np.median(square[several] / (count[several] - 1)) if several.any() else 0.0
+    prior, several = np.zeros(len(count)), count > 1
+    for part in np.array_split(np.argsort(middle, kind="stable"), bins if len(count) > 50 * bins else 1):
+        known = part[several[part]]
+        prior[part] = np.median(square[known] / (count[known] - 1)) if len(known) else 0.0
     return count, np.sqrt((square + prior) / count + inner)

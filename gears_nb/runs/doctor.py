@@ -50,7 +50,7 @@ def required_packages() -> list[str]:
     parsed = [Requirement(r) for r in requires("gears_nb") or []]
     return [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
 
-# %% ../../nbs/runs/04_doctor.ipynb #04fa8d7a
+# %% ../../nbs/runs/04_doctor.ipynb #5a7783dd
 def check_python() -> Iterable[Finding]:
     """Is the interpreter between 3.10 and 3.12?"""
     fine = (3, 10) <= sys.version_info[:2] <= (3, 12)
@@ -77,7 +77,7 @@ def check_packages() -> Iterable[Finding]:
     else:
         yield Finding("packages", "ok", f"{len(pins)} pins, every required package at its tested version")
 
-# %% ../../nbs/runs/04_doctor.ipynb #af801a35
+# %% ../../nbs/runs/04_doctor.ipynb #ca51b4bc
 def check_device() -> Iterable[Finding]:
     """What training would run on, and with how many threads."""
     import torch
@@ -97,7 +97,7 @@ def check_memory() -> Iterable[Finding]:
                   "" if available > 3 else "close other programs, or use --profile smoke")
     yield Finding("disk", "ok" if free > 1 else "fault", f"{free:.1f} GiB free here", "" if free > 1 else "free at least 1 GiB")
 
-# %% ../../nbs/runs/04_doctor.ipynb #4ed8dedf
+# %% ../../nbs/runs/04_doctor.ipynb #26237a35
 def check_data() -> Iterable[Finding]:
     """Which of the registered real data sets are on this machine?"""
     from gears_nb.data.registry import available, data_root
@@ -121,7 +121,7 @@ def check_notebooks() -> Iterable[Finding]:
     yield Finding("notebooks", "ok" if "python3" in kernels else "fault", f"{found} notebooks, kernels: {', '.join(kernels) or 'none'}",
                   "" if "python3" in kernels else "pip install ipykernel in this environment")
 
-# %% ../../nbs/runs/04_doctor.ipynb #009262a2
+# %% ../../nbs/runs/04_doctor.ipynb #b9f85628
 CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (check_python, check_packages, check_device, check_memory, check_data, check_notebooks)
 
 

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.results import SCORE_KEYS, plain
+from ..core.results import plain
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
-from .results import _HEADS, _best, _cells, join_seeds
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from gears_nb.benchmark.compare import RiskCurve
+
 # %% auto #0
-__all__ = ['PALETTE', 'position_colours', 'informative_genes', 'risk_coverage', 'TissueView', 'tissue_view', 'curve',
-           'write_report']
+__all__ = ['PALETTE', 'position_colours', 'informative_genes', 'TissueView', 'tissue_view', 'curve', 'write_report']
 
 # %% ../../nbs/runs/03_report.ipynb #eeca7dca
 _CORNERS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], dtype=float)
@@ -64,22 +64,10 @@ def informative_genes(adata: AnnData, xy: np.ndarray, count: int = 8, max_cells:
 
 # %% ../../nbs/runs/03_report.ipynb #b95bf6a8
 def _aligned(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Truth in unit-RMS gauge and the prediction aligned to it (rotation, reflection, scale, shift), both (n, 2)."""
+    """The prediction aligned to the truth (rotation, reflection, scale, shift), and the truth in unit-RMS gauge, both (n, 2)."""
     from gears_nb.core.gauge import gauge_fix, procrustes
     Y = np.asarray(gauge_fix(np.asarray(truth, dtype=np.float64)))
     return np.asarray(procrustes(np.asarray(predicted, dtype=np.float64), Y, scale=True).aligned), Y
-
-
-def risk_coverage(predicted: np.ndarray, truth: np.ndarray, confidence: np.ndarray,
-                  coverages: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> list[dict[str, float]]:
-    """Mean position error (unit-RMS) of the most confident share of cells: rows `{"coverage", "error"}`.
-
-    predicted, truth (n, 2), confidence (n,), higher is surer; cells with NaN in any of them are left out.
-    """
-    placed = np.isfinite(predicted).all(1) & np.isfinite(truth).all(1) & np.isfinite(confidence)
-    X, Y = _aligned(predicted[placed], truth[placed])
-    error = np.linalg.norm(X - Y, axis=1)[np.argsort(-confidence[placed], kind="stable")]
-    return [{"coverage": q, "error": float(error[: max(1, math.ceil(q * len(error)))].mean())} for q in coverages]
 
 # %% ../../nbs/runs/03_report.ipynb #e30b6c73
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ def _numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
 def _map(title: str, xy: np.ndarray, group: int) -> dict[str, Any]:
     return {"title": title, "x": _numbers(xy[:, 0]), "y": _numbers(xy[:, 1]), "group": group}
 
-# %% ../../nbs/runs/03_report.ipynb #d40d4b83
+# %% ../../nbs/runs/03_report.ipynb #d96272be
 def _categories(tables: Sequence[AnnData]) -> list[dict[str, Any]]:
     """Colourings from the text and category columns of the first table's obs with 2 to 30 levels."""
     colours = []
@@ -120,7 +108,7 @@ def _gene_colours(tables: Sequence[AnnData], genes: Sequence[str]) -> list[dict[
     column = lambda i, gene: _numbers(log[i][:, tables[i].var_names.get_loc(gene)], 3) if gene in tables[i].var_names else None
     return [{"name": f"gene {gene}", "kind": "number", "values": [column(i, gene) for i in range(len(tables))]} for gene in genes]
 
-# %% ../../nbs/runs/03_report.ipynb #d96272be
+# %% ../../nbs/runs/03_report.ipynb #f119eab2
 def _display_rows(placed: np.ndarray, max_points: int, seed: int) -> np.ndarray:
     """At most `max_points` of the placed rows, seeded, in their order."""
     rows = np.flatnonzero(placed)
@@ -129,6 +117,15 @@ def _display_rows(placed: np.ndarray, max_points: int, seed: int) -> np.ndarray:
     return rows
 
 
+def _check_view(name: str, result: AnnData, genes: Sequence[str]) -> None:
+    """`InputError` without a reconstruction, or for a gene that the table does not have."""
+    if "X_gears" not in result.obsm:
+        raise InputError(name, "obsm['X_gears']", "is missing", "run gears reconstruct first")
+    unknown = [g for g in genes if g not in result.var_names]
+    if unknown:
+        raise InputError(name, "genes", f"{unknown[0]} is not in the table", "give a gene name of the cells' file")
+
+# %% ../../nbs/runs/03_report.ipynb #2df01ac0
 def tissue_view(name: str, result: AnnData, truth: np.ndarray | None = None, reference: AnnData | None = None,
                 genes: Sequence[str] = (), max_points: int = 5000, seed: int = 0) -> TissueView:
     """What the report shows of a reconstructed AnnData (`obsm['X_gears']`, `obs['gears_confidence']`).
@@ -136,11 +133,7 @@ def tissue_view(name: str, result: AnnData, truth: np.ndarray | None = None, ref
     truth (n, 2): shown beside, if known; otherwise `reference`, a slide with `obsm['spatial']`. `genes`: in addition to
     the spatially informative ones. Raises `InputError` without a reconstruction or for an unknown gene.
     """
-    if "X_gears" not in result.obsm:
-        raise InputError(name, "obsm['X_gears']", "is missing", "run gears reconstruct first")
-    unknown = [g for g in genes if g not in result.var_names]
-    if unknown:
-        raise InputError(name, "genes", f"{unknown[0]} is not in the table", "give a gene name of the cells' file")
+    _check_view(name, result, genes)
     X = np.asarray(result.obsm["X_gears"], dtype=float)
     placed = np.isfinite(X).all(1) & (np.isfinite(truth).all(1) if truth is not None else True)
     if placed.sum() < 3:
@@ -163,7 +156,7 @@ def tissue_view(name: str, result: AnnData, truth: np.ndarray | None = None, ref
     chosen = list(dict.fromkeys([*genes, *informative_genes(tables[-1], ref_xy[some] if len(tables) > 1 else shown[0])]))
     return TissueView(name, maps, tuple([str(n) for n in t.obs_names] for t in tables), _colours(tables, shown[0], chosen), tuple(notes))
 
-
+# %% ../../nbs/runs/03_report.ipynb #23852e46
 def _colours(tables: Sequence[AnnData], xy: np.ndarray, genes: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """All colourings of a view, the first one is shown first: position, categories, confidence, genes."""
     rest = [None] * (len(tables) - 1)
@@ -172,7 +165,7 @@ def _colours(tables: Sequence[AnnData], xy: np.ndarray, genes: Sequence[str]) ->
         colours.append({"name": "confidence", "kind": "number", "values": [_numbers(tables[0].obs["gears_confidence"]), *rest]})
     return (*colours, *_gene_colours(tables, [g for g in genes if any(g in t.var_names for t in tables)]))
 
-# %% ../../nbs/runs/03_report.ipynb #099ac40e
+# %% ../../nbs/runs/03_report.ipynb #45c790cb
 def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -195,18 +188,12 @@ def _two_columns(value: Mapping[str, Any]) -> str:
 
 
 def _score_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Score rows as an HTML table, best of each column bold, rows of ours marked."""
-    entries = join_seeds(rows)
-    best = {key: _best(entries, key) for key in _HEADS}
-    head = "".join(f"<th>{html.escape(h)}{'' if k == 'seconds' else ' ↓' if k in ('stress1', 'swd', 'w1_knn', 'mean_rank') else ' ↑'}</th>" for k, h in _HEADS.items())
-    body = ""
-    for i, entry in enumerate(entries):
-        text = _cells(entry)
-        cells = "".join(f"<td{' class=best' if i in best[k] else ''}>{text[k]}</td>" for k in _HEADS)
-        body += f"<tr{' class=ours' if entry['method'].startswith('gears') else ''}><th>{html.escape(entry['method'])}</th>{cells}</tr>"
-    return f"<div class=wide><table class=scores><thead><tr><th>method</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    """Score rows of one task as an HTML table (`benchmark.compare.table`), with the rows of ours marked."""
+    from gears_nb.benchmark.compare import table, task_names
+    text = table(rows, task_names(rows)[0], fmt="html")
+    return "<div class='wide scores'>" + text.replace("<tr><td>gears", "<tr class=ours><td>gears") + "</div>"
 
-# %% ../../nbs/runs/03_report.ipynb #0f76b7a8
+# %% ../../nbs/runs/03_report.ipynb #4eb1308d
 _STYLE = """
 :root { --paper:#ffffff; --ink:#1c2126; --soft:#5b6670; --line:#d9dee3; --card:#f6f8f9; --accent:#0072b2; --warn:#9a5b00; }
 @media (prefers-color-scheme: dark) {
@@ -224,12 +211,12 @@ select, button { font:inherit; color:var(--ink); background:var(--card); border:
   border-radius:50%; margin-right:.35em }
 .wide { overflow-x:auto } table { border-collapse:collapse; font-size:13px; font-variant-numeric:tabular-nums }
 th, td { padding:.28rem .6rem; border-bottom:1px solid var(--line); text-align:right; white-space:nowrap }
-th:first-child { text-align:left } .scores th, .scores td { padding:.28rem .42rem } .facts td { text-align:left; white-space:normal } .facts th { font-weight:500; vertical-align:top }
-.best { font-weight:700 } tr.ours { background:var(--card) } tr.ours th { color:var(--accent) }
+th:first-child, td:first-child { text-align:left } .scores th, .scores td { padding:.28rem .42rem } .facts td { text-align:left; white-space:normal } .facts th { font-weight:500; vertical-align:top }
+tr.ours { background:var(--card) } tr.ours td:first-child { color:var(--accent); font-weight:600 }
 .warn { color:var(--warn) } details { margin:.6rem 0 } summary { cursor:pointer } footer { margin-top:2rem; color:var(--soft); font-size:13px }
 """
 
-# %% ../../nbs/runs/03_report.ipynb #45c790cb
+# %% ../../nbs/runs/03_report.ipynb #6a647eac
 _SCRIPT_MAPS = """
 const D = JSON.parse(document.getElementById('gears-data').textContent), $ = id => document.getElementById(id);
 const css = n => getComputedStyle(document.documentElement).getPropertyValue(n).trim();
@@ -266,7 +253,7 @@ function draw() {
 }
 """
 
-# %% ../../nbs/runs/03_report.ipynb #779935ca
+# %% ../../nbs/runs/03_report.ipynb #9b2b4c5a
 _SCRIPT_PAGE = """
 function fill(select, names) { select.replaceChildren(...names.map((n, i) => new Option(n, i))); }
 function build() {
@@ -287,7 +274,7 @@ function lines(id, series, x, y, log, percent) {
       yaxis:{title:{text:y}, gridcolor:css('--line'), zeroline:false, type:log ? 'log' : 'linear', rangemode:log ? 'normal' : 'tozero'}}), config);
 }
 function charts() { D.curves.forEach((c, i) => lines('curve' + i, c.series, 'epoch', 'loss', c.log));
-  if (D.risk.length) lines('risk', D.risk, 'share of cells, most confident first', 'mean position error', false, true); }
+  if (D.risk.length) lines('risk', D.risk, 'share of cells, most confident first', 'Stress-1 among them', false, true); }
 if (D.tissues.length) { fill($('tissue'), D.tissues.map(t => t.name));
   $('tissue').onchange = e => { state.tissue = +e.target.value; build(); };
   $('colour').onchange = e => { state.colour = +e.target.value; draw(); };
@@ -296,7 +283,7 @@ charts(); document.documentElement.dataset.ready = 'yes';
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { if (D.tissues.length) draw(); charts(); });
 """
 
-# %% ../../nbs/runs/03_report.ipynb #ad845d4f
+# %% ../../nbs/runs/03_report.ipynb #eb2cfb42
 _NOT_A_CURVE = frozenset({"epoch", "seconds", "lr", "grad_norm"})
 
 
@@ -312,7 +299,7 @@ def curve(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     shown = [v for s in series if s["shown"] for v in s["y"]]
     return {"name": name, "log": bool(shown) and min(shown) > 0 and max(shown) / min(shown) > 20, "series": series} if series else None
 
-# %% ../../nbs/runs/03_report.ipynb #6a647eac
+# %% ../../nbs/runs/03_report.ipynb #0ae9ad57
 _SECTIONS = {
     "gene_matching": ("Genes", "Which genes went in, and which were lost because a source does not have them or names them differently."),
     "dropped": ("Cells and genes set aside", "Empty cells keep their barcode in the output, with no position."),
@@ -331,7 +318,7 @@ layout can look good in them, so judge by the <b>mean rank</b> over all ten. Arr
 spots. <b>random</b> is the floor. <b>nearest_spot</b>, where present, is an oracle that knows the truth: no method that places cells on spots can
 pass it.</p><p>Cells with low confidence lie in patches that disagree: look at the map coloured by confidence before believing a detail.</p>"""
 
-# %% ../../nbs/runs/03_report.ipynb #58c2d470
+# %% ../../nbs/runs/03_report.ipynb #9bc035b6
 def _diagnostic_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
     """Sections for gene matching, dropped rows, graph, stitching and solve of each tissue, in that order."""
     out = ""
@@ -351,7 +338,7 @@ def _warning_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     return "<h2>Warnings</h2><ul>" + "".join(f"<li class=warn>{html.escape(w)}</li>" for w in lines) + "</ul>"
 
-# %% ../../nbs/runs/03_report.ipynb #9b2b4c5a
+# %% ../../nbs/runs/03_report.ipynb #d9601f5d
 def _embed(data: Any) -> str:
     """JSON for a script element: no NaN, and no `<` that could end the element."""
     return json.dumps(plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -368,13 +355,13 @@ def _body(title: str, subtitle: str, views: Sequence[TissueView], scores: Mappin
     if scores:
         parts.append("<h2>Scores</h2>" + "".join(f"<h3>{html.escape(n)}</h3>{_score_html(rows)}" for n, rows in scores.items()))
     if risk:
-        parts.append("<h2>Is the confidence worth something?</h2><p class=soft>Mean error of the most confident cells, in units of the tissue's RMS "
-                     "radius. A line that rises to the right means: surer cells are better placed.</p><div class=chart id=risk></div>")
+        parts.append("<h2>Is the confidence worth something?</h2><p class=soft>Stress-1 among the most confident share of the cells. A line "
+                     "that rises to the right means: surer cells are better placed. A flat one: the confidence knows nothing.</p><div class=chart id=risk></div>")
     if curves:
         parts.append("<h2>Training</h2>" + "".join(f"<h3>{html.escape(c['name'])}</h3><div class=chart id=curve{i}></div>" for i, c in enumerate(curves)))
     return "".join([*parts, _diagnostic_html(diagnostics), "<h2>How to read this</h2>", _READING])
 
-# %% ../../nbs/runs/03_report.ipynb #b98068b8
+# %% ../../nbs/runs/03_report.ipynb #6149633c
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <title>{title}</title><style>{style}</style></head><body>{body}<footer>{footer}</footer>
@@ -382,17 +369,17 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 
 
 def write_report(path: str | Path, title: str, views: Sequence[TissueView] = (), *, subtitle: str = "",
-                 scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, risk: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
+                 scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, risk: Mapping[str, RiskCurve] | None = None,
                  histories: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
                  diagnostics: Mapping[str, Mapping[str, Any]] | None = None, footer: str = "") -> Path:
     """Write the self-contained HTML report (about 5 MB, most of it plotly) atomically and return its path.
 
-    scores: score rows per tissue; risk: `risk_coverage` rows per tissue; histories: training rows per module;
+    scores: score rows per tissue; risk: `benchmark.compare.risk_coverage` per tissue; histories: training rows per module;
     diagnostics: `.uns['gears']` per tissue. Every part may be absent; its section is then left out.
     """
     from plotly.offline import get_plotlyjs
     curves = [c for name, rows in (histories or {}).items() if (c := curve(name, rows))]
-    lines = [{"name": n, "x": [r["coverage"] for r in rows], "y": [r["error"] for r in rows]} for n, rows in (risk or {}).items()]
+    lines = [{"name": n, "x": list(r.coverage), "y": list(r.risk)} for n, r in (risk or {}).items()]
     data = {"tissues": [vars(v) for v in views], "curves": curves, "risk": lines, "palette": PALETTE}
     text = _PAGE.format(title=html.escape(title), style=_STYLE, data=_embed(data), plotly=get_plotlyjs(), script=_SCRIPT_MAPS + _SCRIPT_PAGE,
                         body=_body(title, subtitle, views, scores or {}, lines, curves, diagnostics or {}), footer=html.escape(footer))

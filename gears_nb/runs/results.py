@@ -5,113 +5,47 @@
 # %% ../../nbs/runs/02_results.ipynb #5c6823a7
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.results import SCORE_KEYS, figures_root, is_stale, load_results, spread
+from ..core.results import SCORE_KEYS, figures_root, is_stale, load_results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # %% auto #0
-__all__ = ['LOWER_IS_BETTER', 'join_seeds', 'score_markdown', 'score_table', 'flatten', 'result_view', 'show_results']
+__all__ = ['score_tables', 'flatten', 'result_view', 'show_results']
 
 # %% ../../nbs/runs/02_results.ipynb #b1b2d2f3
-LOWER_IS_BETTER = frozenset({"stress1", "swd", "w1_knn"})
+def _line(line: Mapping[str, Any], rank: float | None, best: Mapping[str, float]) -> list[str]:
+    """The texts of one method: name, mean rank, the ten metrics (± over seeds for several), seconds."""
+    texts = [str(line["method"]), "" if rank is None else f"{rank:.2f}"]
+    for metric in SCORE_KEYS:
+        text = f"{line[metric]:.3f}" + (f"±{line[metric + '_std']:.3f}" if line["seeds"] > 1 and line[metric + "_std"] >= 5e-4 else "")
+        texts.append(f"[bold]{text}[/]" if rank is not None and line[metric] == best[metric] else text)
+    return [*texts, f"{line['seconds']:.1f}" if line["seconds"] == line["seconds"] else ""]
 
 
-def _ranks(values: Sequence[float | None], lower: bool) -> list[float]:
-    """Ranks with 1 for the best; ties share their mean rank; a missing value comes last."""
-    keyed = [(float("inf") if v is None else (v if lower else -v)) for v in values]
-    return [1 + sum(o < k for o in keyed) + (sum(o == k for o in keyed) - 1) / 2 for k in keyed]
-
-
-def join_seeds(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per (protocol, dataset, method) of score rows: `{"mean", "std", "n"}` per metric and for `seconds`, and
-    "mean_rank" within the data set over the ten metrics. Sorted by data set, then mean rank."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["protocol"], row["dataset"], row["method"]), []).append(row)
-    joined = []
-    for (protocol, dataset, method), members in groups.items():
-        entry: dict[str, Any] = {"protocol": protocol, "dataset": dataset, "method": method}
-        for key in (*SCORE_KEYS, "seconds"):
-            values = [m[key] for m in members if m.get(key) is not None]
-            entry[key] = spread(values) if values else None
-        joined.append(entry)
-    return _with_mean_rank(joined)
-
-
-def _with_mean_rank(joined: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add "mean_rank" to joined rows, within each (protocol, dataset), and sort."""
-    for task in {(e["protocol"], e["dataset"]) for e in joined}:
-        members = [e for e in joined if (e["protocol"], e["dataset"]) == task]
-        columns = [_ranks([e[k]["mean"] if e[k] else None for e in members], k in LOWER_IS_BETTER) for k in SCORE_KEYS]
-        for i, entry in enumerate(members):
-            entry["mean_rank"] = sum(column[i] for column in columns) / len(columns)
-    return sorted(joined, key=lambda e: (e["protocol"], e["dataset"], e["mean_rank"], e["method"]))
-
-# %% ../../nbs/runs/02_results.ipynb #8d6df3e0
-_HEADS = {"spearman": "Spearman", "pearson": "Pearson", "stress1": "Stress-1", "edge_auc": "ROC-AUC", "bap": "bAP", "shell_f1": "Shell-F1",
-          "trust20": "Trust@20", "cont20": "Cont@20", "swd": "SWD", "w1_knn": "W1", "mean_rank": "mean rank", "seconds": "s"}
-
-
-def _cells(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The text of one joined row: three digits, `±` only where there was more than one seed."""
-    text = {"method": entry["method"]}
-    for key in SCORE_KEYS:
-        value = entry[key]
-        shown = "–" if value is None else f"{value['mean']:.3f}"
-        text[key] = f"{shown}±{value['std']:.3f}" if value and value["n"] > 1 and value["std"] >= 5e-4 else shown
-    text["mean_rank"] = f"{entry['mean_rank']:.1f}"
-    text["seconds"] = "–" if entry["seconds"] is None else f"{entry['seconds']['mean']:.1f}"
-    return text
-
-
-def _best(entries: Sequence[Mapping[str, Any]], key: str) -> set[int]:
-    """Positions of the best entries of a column (none for `seconds`, which is not a contest here)."""
-    if key == "seconds":
-        return set()
-    value = lambda e: e[key] if key == "mean_rank" else (e[key]["mean"] if e[key] else None)
-    ranks = _ranks([value(e) for e in entries], key in LOWER_IS_BETTER or key == "mean_rank")
-    return {i for i, rank in enumerate(ranks) if rank == min(ranks)}
-
-# %% ../../nbs/runs/02_results.ipynb #ee9d3acd
-def score_markdown(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = (*SCORE_KEYS, "mean_rank", "seconds")) -> str:
-    """Score rows as Markdown tables, one per (protocol, data set), best values bold."""
-    joined, parts = join_seeds(rows), []
-    for task in dict.fromkeys((e["protocol"], e["dataset"]) for e in joined):
-        entries = [e for e in joined if (e["protocol"], e["dataset"]) == task]
-        best = {key: _best(entries, key) for key in columns}
-        lines = [f"| {task[1]} ({task[0]}) | " + " | ".join(_HEADS[c] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for i, entry in enumerate(entries):
-            text = _cells(entry)
-            shown = [f"**{text[c]}**" if i in best[c] else text[c] for c in columns]
-            name = f"**{entry['method']}**" if entry["method"].startswith("gears") else entry["method"]
-            lines.append(f"| {name} | " + " | ".join(shown) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def score_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> list[RenderableType]:
-    """Score rows as rich tables for the terminal, one per (protocol, data set), best values bold, ours in colour."""
+def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Score rows as rich tables, one per task, best mean rank first."""
+    from gears_nb.benchmark.compare import mean_rank, tidy
+    from gears_nb.benchmark.metrics import METRICS
     from rich.table import Table
-    joined, tables = join_seeds(rows), []
-    for task in dict.fromkeys((e["protocol"], e["dataset"]) for e in joined):
-        entries = [e for e in joined if (e["protocol"], e["dataset"]) == task]
-        table = Table(title=title or f"{task[1]}, protocol {task[0]}", title_justify="left", header_style="bold")
-        table.add_column("method", no_wrap=True)
-        for head in _HEADS.values():
-            table.add_column(head, justify="right", no_wrap=True)
-        for i, entry in enumerate(entries):
-            text = _cells(entry)
-            shown = [f"[bold]{text[k]}[/]" if i in _best(entries, k) else text[k] for k in _HEADS]
-            table.add_row(entry["method"], *shown, style="cyan" if entry["method"].startswith("gears") else None)
+    frame, ranks, tables = tidy(rows), mean_rank(rows), []
+    for task, order in ranks.items():
+        lines = frame[frame["task"] == task].set_index("method", drop=False)
+        ranked = lines.loc[list(order)]
+        best = {m: ranked[m].max() if sign > 0 else ranked[m].min() for m, sign in METRICS.items()}
+        table = Table(title=f"{task} (protocol {lines['protocol'].iloc[0]})", title_justify="left", header_style="bold", box=None, padding=(0, 1))
+        for i, head in enumerate(["method", "rank", *SCORE_KEYS, "s"]):
+            table.add_column(head, justify="right" if i else "left", no_wrap=True)
+        for method in [*order, *[m for m in lines.index if m not in order]]:
+            table.add_row(*_line(lines.loc[method].to_dict(), order.get(method), best), style="cyan" if method.startswith("gears") else None)
         tables.append(table)
     return tables
 
-# %% ../../nbs/runs/02_results.ipynb #f3cbb9e5
+# %% ../../nbs/runs/02_results.ipynb #c6ccba73
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested metrics as (dotted name, text) pairs; `{"mean", "std", "n"}` becomes one entry, lists of rows their length."""
     if isinstance(value, Mapping):
@@ -145,13 +79,13 @@ def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
     metrics, rows = dict(record["metrics"]), record["metrics"].get("rows")
     if rows:
         metrics.pop("rows"), metrics.pop("mean_rank", None)
-        view += score_table(rows) if set(SCORE_KEYS) <= set(rows[0]) and "method" in rows[0] else [_row_table(rows)]
+        view += score_tables(rows) if set(SCORE_KEYS) <= set(rows[0]) and "method" in rows[0] else [_row_table(rows)]
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, text in (*[(f"verdict {k}", str(v)) for k, v in record["verdicts"].items()], *flatten(metrics)):
         table.add_row(name, text)
     return [*view, table] if table.row_count else view
 
-# %% ../../nbs/runs/02_results.ipynb #5dc61f7a
+# %% ../../nbs/runs/02_results.ipynb #8d6df3e0
 def show_results(root: Path | None = None, only: str = "", console: Any = None) -> int:
     """Print every result below `root` (or those whose name contains `only`); return how many are stale."""
     from rich.console import Console

@@ -58,7 +58,7 @@ def catalogue(root: Path | None = None) -> list[Notebook]:
     paths = [p for p in sorted(nbs.rglob("*.ipynb")) if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
     return [read_notebook(p, nbs) for p in paths]
 
-# %% ../../nbs/runs/01_runner.ipynb #aaa22b0b
+# %% ../../nbs/runs/01_runner.ipynb #2aa47ec8
 def find(name: str, root: Path | None = None) -> Notebook:
     """The notebook called `name` (short name, chapter/name, or path). Raises `InputError` with the nearest name when
     there is none, and with the candidates when several chapters have one."""
@@ -73,7 +73,7 @@ def find(name: str, root: Path | None = None) -> Notebook:
     raise InputError("gears run", name, "is no notebook of this repository",
                      (f"perhaps {close[0]} was meant; " if close else "") + "`gears list` shows all of them")
 
-# %% ../../nbs/runs/01_runner.ipynb #1d4e41b1
+# %% ../../nbs/runs/01_runner.ipynb #c3f84cbc
 _KINDS: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict, "tuple": tuple}
 
 
@@ -102,7 +102,7 @@ def parameters_of(notebook: Notebook) -> dict[str, Parameter]:
         found[name] = Parameter(name, default, kind, info["help"])
     return found
 
-# %% ../../nbs/runs/01_runner.ipynb #82238cbb
+# %% ../../nbs/runs/01_runner.ipynb #e1fa1991
 def _read_text(text: str, kind: type | None) -> Any:
     """Text from the command line as a value: words true/false for bool, Python literals otherwise, text as last resort."""
     if kind is str:
@@ -154,7 +154,7 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
         split[name.strip()] = value.strip()
     return split
 
-# %% ../../nbs/runs/01_runner.ipynb #773730a0
+# %% ../../nbs/runs/01_runner.ipynb #f78e9f0d
 class RunError(RuntimeError):
     """A notebook stopped with an error; the message is one line and names the executed copy."""
 
@@ -178,7 +178,7 @@ def _prepared_copy(notebook: Notebook, target: Path, profile: str | None) -> Non
             cell.update(outputs=[], execution_count=None)
     target.write_text(json.dumps(content), encoding="utf-8")
 
-# %% ../../nbs/runs/01_runner.ipynb #5aac65c2
+# %% ../../nbs/runs/01_runner.ipynb #ce041a33
 def run(name: str, profile: str | None = None, params: Mapping[str, Any] | None = None, *, root: Path | None = None,
         out: Path | None = None, log_output: bool = False, progress: bool = False) -> Path:
     """Execute the notebook `name` and return the path of the executed copy, `runs/<name>/<stamp>.ipynb`.
@@ -206,12 +206,12 @@ def _known_profile(name: str) -> str:
         raise InputError("gears run", "profile", f"{name!r} does not exist", f"choose one of {', '.join(PROFILES)}")
     return name
 
-# %% ../../nbs/runs/01_runner.ipynb #28c8df69
+# %% ../../nbs/runs/01_runner.ipynb #61c0d220
 def _execute(notebook: Notebook, values: dict[str, Any], profile: str | None, target: Path, log_output: bool, progress: bool) -> Path:
     """Run papermill on a prepared copy; rename the result to `target` only when every cell passed."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    prepared, partial = target.with_suffix(".in.tmp"), target.with_suffix(".failed.ipynb")
+    prepared, partial = target.with_name(f".{target.name}"), target.with_suffix(".failed.ipynb")
     _prepared_copy(notebook, prepared, values.get("profile", profile))
     try:
         papermill.execute_notebook(str(prepared), str(partial), parameters=values, cwd=str(notebook.path.parent),

@@ -30,8 +30,9 @@ def coordinate_update(attention: Tensor, x: Tensor, A: Tensor) -> Tensor:
     """`sum_h A_h sum_j a_ij^h (x_j - x_i)`: attention `(B, h, n, n)`, points `(B, n, 2)`, maps `A` `(h, 2, 2)` -> `(B, n, 2)`.
 
     Translation equivariant for any `A`; rotation equivariant when every `A_h` is a multiple of the identity."""
-    pull = attention @ x[:, None] - x[:, None]                  # (B, h, n, 2) towards the attended mean
-    return torch.einsum("hcd,bhnd->bnc", A, pull)
+    with torch.autocast(x.device.type, enabled=False):              # coordinates never in half precision
+        pull = attention.to(x.dtype) @ x[:, None] - x[:, None]      # (B, h, n, 2) towards the attended mean
+        return torch.einsum("hcd,bhnd->bnc", A, pull)
 
 # %% ../../nbs/structure/03_ipa.ipynb #6dadc1bd
 class RecycleBlock(nn.Module):
@@ -143,7 +144,7 @@ class Recycler(nn.Module):
     def forward(self, H: Tensor, mask: Tensor, bias: Tensor, rng: torch.Generator | None = None,
                 watch: Callable[[Tensor, Tensor], None] = lambda x, attention: None) -> tuple[Tensor, Tensor]:
         "First and last coordinates `(B, n, 2)`; `bias` `(B, n, n)` is -inf off the graph; `watch` sees every recycle."
-        s, first = self.lift(H), gauge_fix(self.guess(H, rng), mask)
+        s, first = self.lift(H), gauge_fix(self.guess(H, rng).to(H.dtype), mask)
         x = first
         for eta in torch.sigmoid(self.eta):
             s, x, attention = self.block(s, x, bias, eta)
@@ -188,8 +189,7 @@ class D7(GeometryModel):
                  gate_dim: int = 32,                      # projection of H in the gate
                  **refine):                               # of `Recycler`: hidden=128, head_dropout=0.1, scalar=False
         super().__init__()
-        self.config, self.targets = config, targets or TargetConfig()
-        self.gate = EdgeGateSoft(dim_in=dim_in, dim=gate_dim, hidden=gate_dim)
+        self.config, self.targets, self.gate = config, targets or TargetConfig(), EdgeGateSoft(dim_in=dim_in, dim=gate_dim, hidden=gate_dim)
         self.refine = Recycler(dim_in=dim_in, dim=config.dim, heads=config.heads, recycles=config.recycles, **refine)
 
     def candidates(self, H: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -197,15 +197,13 @@ class D7(GeometryModel):
         return candidate_mask(H, self.config.k_cand, mask)
 
     def forward(self, H: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None, *,
-                edges: Tensor | None = None,     # oracle graph (B, n, n): the gate is off
-                gate: GateLogits | None = None,  # precomputed gate; must belong to the graph in use
-                trace: bool = False) -> Geometry:
-        "Geometry of `H` `(B, n, d)`; `trace` keeps what happened inside (`trace_record`)."
+                edges: Tensor | None = None, gate: GateLogits | None = None, trace: bool = False) -> Geometry:
+        "Geometry of `H`. `edges`: oracle graph, gate off. `gate`: precomputed, of the same graph. `trace`: see `trace_record`."
         mask = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
         support = self.candidates(H, mask) if edges is None else edges
         gate = self.gate(H, support) if gate is None and edges is None else gate
         seen: list[tuple[Tensor, Tensor]] = []
-        watch = (lambda *step: seen.append(step)) if trace else (lambda *step: None)
+        watch = lambda *step: seen.append(step) if trace else None
         first, x = self.refine(H, mask, attention_bias(support, gate, self.config.beta), rng, watch)
         return Geometry(x, trace=trace_record(first, seen, support, gate) if trace else None)
 
@@ -216,8 +214,7 @@ class D7(GeometryModel):
         support = self.candidates(H, mask) if edges is None else edges
         if self.training:
             H, support = augment(H, mask, c.h_noise, c.h_dropout, rng), drop_edges(support, c.edge_drop, rng)
-        gate = self.gate(H, support) if edges is None else None
-        seen: list[Tensor] = []
+        gate, seen = self.gate(H, support) if edges is None else None, []
         first, x = self.refine(H, mask, attention_bias(support, gate, c.beta), rng, lambda _, a: seen.append(a))
         terms = loss_terms(first, x, seen[0], gate, support, targets, mask, self.targets.stress)
         weights = loss_weights(c, self.targets.stress_weight, epoch)

@@ -105,6 +105,8 @@ def energy(X: Tensor, targets: GeoTargets, *,
     if X.shape[:2] != targets.mask.shape:
         raise InputError("energy", "X", f"shape {tuple(X.shape)} does not fit targets of {tuple(targets.mask.shape)}",
                          "build the targets from the same minisets")
-    X = gauge_fix(X, targets.mask) if gauge else X
-    rw, strain = walk_divergence(X, targets, divergence), stress(X, targets, form)
+    with torch.autocast(X.device.type, enabled=False):
+        X = X if X.dtype == torch.float64 else X.float()
+        X = gauge_fix(X, targets.mask) if gauge else X
+        rw, strain = walk_divergence(X, targets, divergence), stress(X, targets, form)
     return Energy(rw, strain, rw + stress_weight * strain)
