@@ -27,10 +27,12 @@ def exported(source):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_runs(path, monkeypatch):
+    import matplotlib
     from nbdev.test import test_nb
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.chdir(path.parent)
-    passed, seconds = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
+    with matplotlib.rc_context():           # notebooks share this process, but not their figure style
+        passed, seconds = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
     assert passed, f"{name(path)} failed; its error is printed above"
     assert seconds < 60, f"{name(path)} took {seconds:.0f} s, notebooks should take less than 20"
 

@@ -322,7 +322,7 @@ def test_losses_see_no_padding():
 
 def test_total_is_the_weighted_sum_and_follows_the_schedule():
     model, (H, targets) = awake(32, targets=TargetConfig(stress_weight=0.7)), world()
-    for epoch, rw in ((0, 0.0), (3, 0.15), (7, 0.3), (50, 0.3)):
+    for epoch, rw in ((0, 0.0), (2, CONFIG.rw_cap * 2 / 3), (3, CONFIG.rw_cap), (50, CONFIG.rw_cap)):  # one epoch of warm-up, three of ramp
         terms = model.losses(H, targets, epoch=epoch)
         weights = loss_weights(CONFIG, 0.7, epoch)
         assert weights["rw"] == pytest.approx(rw) and weights["stress"] == 0.7

@@ -270,5 +270,5 @@ def test_energy_refuses_wrong_shapes_and_words():
     t = build_targets(cloud(2, 30))
     with pytest.raises(InputError, match="does not fit"):
         energy(cloud(1, 30), t)
-    with pytest.raises(InputError, match="use log, ratio or sigma"):
+    with pytest.raises(InputError, match="use log, ratio, sigma or metric"):
         energy(cloud(2, 30), t, form="cubic")

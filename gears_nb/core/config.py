@@ -26,18 +26,19 @@ __all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'Section', 'TrainConfig', '
 # %% ../../nbs/core/03_config.ipynb #d10ac770
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("32-true", "bf16-mixed"),
-    "stress": ("log", "ratio", "sigma"),
+    "schedule": ("constant", "cosine"),
+    "stress": ("log", "ratio", "sigma", "metric"),
 }
 "Fields that take one of a few words. No 16-mixed: the state of its loss scaler would make resuming inexact."
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dropout", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
     **dict.fromkeys(("epochs", "patience", "patience_after", "warmup", "rw_ramp", "gate_pretrain", "iterations"), (0, float("inf"))),
-    **dict.fromkeys(("noise", "h_noise", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
+    **dict.fromkeys(("noise", "h_noise", "guess_epochs", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
     **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight"), (0, float("inf"))),
     **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
-    **dict.fromkeys(("checkpoint_every", "positives", "n_hvg", "min_genes", "landmarks", "overlap", "width"), (1, float("inf"))),
-    **dict.fromkeys(("lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
+    **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "landmarks", "overlap", "width"), (1, float("inf"))),
+    **dict.fromkeys(("lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
 }
 "Closed ranges by field name; for a tuple, the range of its members."
 
@@ -100,6 +101,7 @@ class TrainConfig(Section):
     patience_after: int = 0  # epochs that count neither for patience nor as best (loss weights still ramping)
     device: str = "auto"  # "auto" (cuda if there is one), "cpu", "cuda", "cuda:1"
     precision: str = "32-true"
+    schedule: str = "constant"  # of the step size: "constant", or "cosine" (a tenth of the epochs rising, then falling to zero)
     progress: bool = True  # show a progress bar
     checkpoint_every: int = 1  # epochs between checkpoints
 
@@ -112,6 +114,7 @@ class EncoderConfig(Section):
     dim: int  # embedding size
     stem: int  # of these, frozen principal components; the rest is learned
     batch: int  # spots per step
+    batches_per_epoch: int  # steps per epoch; slides are drawn in proportion to their spots
     train: TrainConfig
     dropout: float = 0.1
     nce_weight: float = 5.0  # weight of Spatial InfoNCE
@@ -135,8 +138,8 @@ class TargetConfig(Section):
 
     k: int | None = None  # neighbours; None: max(20, 0.15 n)
     rw_steps: int | None = None  # longest random walk; None: by miniset size
-    stress: str = "log"
-    stress_weight: float = 0.1  # E_geo = L_RW + stress_weight * L_stress
+    stress: str = "metric"  # form of the stress that is trained; E_geo is always reported with the log form
+    stress_weight: float = 1.0  # its weight in training
 
 # %% ../../nbs/core/03_config.ipynb #2bbcbf1b
 @dataclass(frozen=True, kw_only=True)
@@ -146,24 +149,27 @@ class StructureConfig(Section):
     miniset: int  # spots per miniset
     minisets_per_epoch: int
     recycles: int
+    members: int  # models in the ensemble
     k_cand: int  # candidate neighbours in H
+    guess_epochs: int  # epochs in which the first guess learns alone
     gate_pretrain: int  # steps of gate pretraining
     train: TrainConfig
     model: str = "d7"
+    guess_lr: float = 2e-3  # step size of the first guess
+    global_fraction: tuple[float, ...] = (1.0, 0.5)  # share of spots drawn from the whole slide, by turns
     dim: int = 64  # node state
     heads: int = 4
-    batch: int = 8  # minisets per step
+    batch: int = 4  # minisets per step
     gate_weight: float = 0.05  # weight of the gate's KL during joint training
     beta: float = 2.0  # weight of the gate in the attention logits
     repulsion: float = 0.01
     entropy: float = 0.01
-    rw_cap: float = 0.3  # final weight of L_RW
-    rw_ramp: int = 6  # epochs until the cap is reached
+    rw_cap: float = 0.1  # final weight of L_RW
+    rw_ramp: int = 3  # epochs until the cap is reached
     warmup: int = 1  # epochs on stress only, before the ramp
-    h_noise: float = 0.3  # augmentation of H: Gaussian noise
+    h_noise: float = 0.2  # augmentation of H: Gaussian noise
     h_dropout: float = 0.1  # augmentation of H: dropped dimensions
     edge_drop: float = 0.2  # augmentation: dropped candidate edges
-    members: int = 1  # models in the ensemble
 
 # %% ../../nbs/core/03_config.ipynb #f684ec4d
 @dataclass(frozen=True, kw_only=True)
@@ -201,29 +207,30 @@ class GearsConfig(Section):
     solve: SolveConfig
     seed: int = 0
     min_genes: int = 50  # fewest shared genes to go on with
+    counts: bool = True  # expression is raw counts; False: use the values as they are
 
 # %% ../../nbs/core/03_config.ipynb #5577fcac
 #   key                              smoke    toy         paper
 TABLE: dict[str, tuple[Any, Any, Any]] = {
-    "n_hvg":                        (200,     1500,       3000),
+    "n_hvg":                        (200,     1000,       1000),
     "encoder.width":                ((64,),   (512, 256), (512, 256)),
     "encoder.dim":                  (32,      128,        128),
     "encoder.stem":                 (16,      64,         64),
     "encoder.batch":                (64,      256,        512),
-    "encoder.train.epochs":         (2,       60,         400),
+    "encoder.batches_per_epoch":    (4,       16,         32),
+    "encoder.train.epochs":         (2,       20,         100),
     "encoder.train.lr":             (1e-3,    1e-3,       1e-4),
-    "encoder.train.patience":       (None,    15,         40),
-    "structure.miniset":            (64,      256,        384),
-    "structure.minisets_per_epoch": (8,       96,         1024),
+    "structure.miniset":            (64,      192,        384),
+    "structure.minisets_per_epoch": (16,      160,        640),
     "structure.recycles":           (2,       5,          5),
     "structure.k_cand":             (20,      80,         80),
-    "structure.gate_pretrain":      (5,       200,        500),
-    "structure.train.epochs":       (2,       12,         40),
+    "structure.guess_epochs":       (10,      20,         40),
+    "structure.gate_pretrain":      (5,       80,         500),
+    "structure.train.epochs":       (2,       6,          12),
     "structure.train.lr":           (1e-3,    1e-3,       3e-4),
-    "structure.train.patience":     (None,    4,          6),
-    "structure.train.patience_after": (0,     7,          7),
-    "patches.size":                 (64,      384,        384),
-    "patches.landmarks":            (16,      96,         96),
+    "structure.members":            (1,       2,          5),
+    "patches.size":                 (64,      256,        384),
+    "patches.landmarks":            (16,      64,         96),
     "solve.iterations":             (50,      300,        1000),
     "solve.landmarks":              (32,      256,        512),
 }  # fmt: skip

@@ -177,6 +177,13 @@ def figures_root(profile: str = "toy") -> Path:
     return repo_root() / ("runs/smoke/figures" if profile == "smoke" else "figures")
 
 
+def _made_by(chapter: str, name: str, notebook: str | None) -> dict[str, str] | None:
+    """Path and digest of the notebook of an experiment, None when there is none."""
+    root = repo_root()
+    found = root / notebook if notebook else find_notebook(chapter, name, root)
+    return {"path": found.relative_to(root).as_posix(), "digest": notebook_digest(found)} if found else None
+
+# %% ../../nbs/core/09_results.ipynb #49df3569
 @dataclass
 class Experiment:
     """One experiment: its identity, its clock and its folder `figures/<chapter>/<name>`.
@@ -213,14 +220,9 @@ class Experiment:
             ("seeds" if many else "seed"): list(self.seed) if many else self.seed,
             "data": {"name": self.data_name, "digest": self.data_digest}, "versions": versions_info(),
             "machine": machine_info(), "seconds": time.perf_counter() - self.started, "metrics": dict(metrics),
-            "verdicts": dict(verdicts or {}), "notebook": self._made_by()})
+            "verdicts": dict(verdicts or {}), "notebook": _made_by(self.chapter, self.name, self.notebook)})
         validate_record(record, f"{self.chapter}/{self.name}")
         return record
-
-    def _made_by(self) -> dict[str, str] | None:
-        root = repo_root()
-        found = root / self.notebook if self.notebook else find_notebook(self.chapter, self.name, root)
-        return {"path": found.relative_to(root).as_posix(), "digest": notebook_digest(found)} if found else None
 
     def write(self, metrics: Mapping[str, Any], verdicts: Mapping[str, Any] | None = None) -> Path:
         """Write `results.json` atomically and return its path."""
@@ -230,7 +232,7 @@ class Experiment:
             Path(tmp).write_text(text, encoding="utf-8")
         return target
 
-# %% ../../nbs/core/09_results.ipynb #77fa71e4
+# %% ../../nbs/core/09_results.ipynb #7fde1558
 def load_results(root: Path | None = None) -> dict[str, dict[str, Any]]:
     """All results below `root` (default: the committed `figures/`) as {"chapter/name": record}, each one validated."""
     base = Path(root or figures_root())

@@ -25,7 +25,7 @@ from .seeding import stream_seed, torch_rng
 from .store import Store, atomic_path, content_digest
 
 # %% auto #0
-__all__ = ['TrainingError', 'History', 'to_device', 'train']
+__all__ = ['TrainingError', 'History', 'to_device', 'lr_share', 'train']
 
 # %% ../../nbs/core/07_training.ipynb #677dd3a3
 class TrainingError(RuntimeError):
@@ -216,10 +216,22 @@ class _Job:
     seed: int
     name: str
 
+# %% ../../nbs/core/07_training.ipynb #5chedul1
+def lr_share(epoch: int, config: TrainConfig) -> float:
+    "Share of `config.lr` in `epoch`: 1, or for the cosine schedule a linear rise over a tenth of the epochs, then half a cosine."
+    if config.schedule == "constant":
+        return 1.0
+    rise = max(1, config.epochs // 10)
+    if epoch < rise:
+        return (epoch + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (epoch - rise + 1) / (config.epochs - rise + 1)))
+
 # %% ../../nbs/core/07_training.ipynb #929298ad
 def _epoch(job: _Job, state: _State, bar: Any) -> dict[str, float | None]:
     "Train for one epoch; the averages of all terms."
     e, steps = state.epoch, []
+    for group in state.optimizer.param_groups:
+        group["lr"] = job.config.lr * lr_share(e, job.config)
     state.module.train()
     data = job.batches(e, torch_rng(job.seed, job.name, "batches", e))
     rng = torch_rng(job.seed, job.name, "loss", e)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Matrix', 'BLOCK_ENTRIES', 'unit_rows', 'row_blocks', 'knn_cosine', 'averaging_matrix', 'smooth_expression',
-           'row_totals', 'size_factors', 'normalise', 'highly_variable', 'group_means', 'Centring', 'slide_labels',
+           'row_totals', 'size_factors', 'normalise', 'group_means', 'Centring', 'highly_variable', 'slide_labels',
            'Preprocessor']
 
 # %% ../../nbs/data/04_preprocess.ipynb #db7a7799
@@ -151,24 +151,6 @@ def normalise(X: Matrix, target_sum: float | None = None) -> Matrix:
     """
     return _log_scaled(X, size_factors(row_totals(X), target_sum))
 
-# %% ../../nbs/data/04_preprocess.ipynb #3cf1e33e
-def highly_variable(X: Matrix, slides: Sequence, n_genes: int) -> np.ndarray:
-    """Sorted column numbers of the `n_genes` most variable genes of log-normalised `X` (n, g), ranked within `slides` (n,).
-
-    Dispersion ranking of scanpy (`flavor="seurat"`), merged over slides; all columns if `n_genes >= g`.
-    """
-    if n_genes >= X.shape[1]:
-        return np.arange(X.shape[1])
-    import pandas as pd
-    import scanpy as sc
-    from anndata import AnnData
-
-    table = AnnData(X=X, obs=pd.DataFrame({"slide": pd.Categorical(list(map(str, slides)))}, index=list(map(str, range(X.shape[0])))))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        sc.pp.highly_variable_genes(table, n_top_genes=n_genes, flavor="seurat", batch_key="slide")
-    return np.flatnonzero(table.var["highly_variable"].to_numpy())
-
 # %% ../../nbs/data/04_preprocess.ipynb #ff1741dd
 def group_means(X: Matrix, groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """Mean row of each group: `labels` (s,) sorted as text, `means` (s, g) float64. Sparse-safe, in blocks of rows."""
@@ -209,6 +191,18 @@ class Centring:
             block = X[rows].toarray() if sp.issparse(X) else X[rows]
             out[rows] = block + shift[member[rows]]
         return out
+
+# %% ../../nbs/data/04_preprocess.ipynb #3cf1e33e
+def highly_variable(X: Matrix, slides: Sequence, n_genes: int) -> np.ndarray:
+    """Sorted column numbers of the `n_genes` most variable genes of log-normalised `X` (n, g); all columns if `n_genes >= g`.
+
+    Variance within each of `slides` (n,), averaged over slides, so that a difference between slides does not pass for a signal.
+    """
+    if n_genes >= X.shape[1]:
+        return np.arange(X.shape[1])
+    square = X.power(2) if sp.issparse(X) else np.square(X)
+    within = group_means(square, slides)[1] - np.square(group_means(X, slides)[1])
+    return np.sort(np.argsort(-within.mean(0), kind="stable")[:n_genes])
 
 # %% ../../nbs/data/04_preprocess.ipynb #7ba669ab
 def slide_labels(adata: AnnData, key: str | None = "slide") -> np.ndarray:

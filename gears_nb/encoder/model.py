@@ -5,7 +5,7 @@
 # %% ../../nbs/encoder/02_model.ipynb #72fb7205
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from .losses import far_pairs, spatial_infonce, vicreg
 
 # %% auto #0
 __all__ = ['CONTEXT_SHARE', 'context_features', 'principal_axes', 'SharedEncoder', 'make_view', 'Slide', 'encoder_loss',
-           'build_encoder', 'fit_encoder', 'encode']
+           'EpochBatches', 'build_encoder', 'fit_encoder', 'encode']
 
 # %% ../../nbs/encoder/02_model.ipynb #fb0e3d3d
 CONTEXT_SHARE = 25  # one neighbour for so many cells of a source, at most
@@ -111,10 +111,19 @@ def encoder_loss(model: SharedEncoder, batch: dict[str, Tensor], config: Encoder
     return {**terms, "nce": nce, "loss": terms["loss"] + config.nce_weight * nce}
 
 
-def _epoch_batches(slides: Sequence[Slide], size: int, rng: torch.Generator) -> list[dict[str, Tensor]]:
-    "Batches of one epoch, in random order of slides."
-    turns = [i for i, s in enumerate(slides) for _ in range(max(1, len(s.U) // size))]
-    return [slides[turns[j]].draw(size, rng) for j in torch.randperm(len(turns), generator=rng)]
+class EpochBatches:
+    "The batches of one epoch, drawn on demand; a slide comes up in proportion to its spots."
+
+    def __init__(self, slides: Sequence[Slide], config: EncoderConfig, rng: torch.Generator):
+        self.slides, self.config, self.rng = slides, config, rng
+
+    def __len__(self) -> int:
+        return self.config.batches_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        sizes = torch.tensor([float(len(s.U)) for s in self.slides])
+        for turn in torch.multinomial(sizes, len(self), replacement=True, generator=self.rng):
+            yield self.slides[turn].draw(self.config.batch, self.rng)
 
 # %% ../../nbs/encoder/02_model.ipynb #492608af
 def build_encoder(features: Sequence[np.ndarray], config: EncoderConfig, seed: int = 0) -> SharedEncoder:
@@ -134,7 +143,7 @@ def fit_encoder(features: Sequence[np.ndarray], coords: Sequence[np.ndarray], co
     """
     model = build_encoder(features, config, seed)
     slides = [Slide(U, c, config.positives) for U, c in zip(features, coords, strict=True)]
-    history = train(model, lambda epoch, rng: _epoch_batches(slides, config.batch, rng),
+    history = train(model, lambda epoch, rng: EpochBatches(slides, config, rng),
                     lambda m, batch, epoch, rng: encoder_loss(m, batch, config, rng),
                     config.train, seed=seed, checkpoint=checkpoint, name="encoder", tag=tag)
     return model.eval(), history

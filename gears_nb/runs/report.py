@@ -206,7 +206,7 @@ h3 { font-size:1rem; margin:1.2rem 0 .3rem } p { margin:.3rem 0 .7rem; max-width
 .controls { display:flex; gap:1rem; flex-wrap:wrap; align-items:center; margin:.5rem 0 }
 select, button { font:inherit; color:var(--ink); background:var(--card); border:1px solid var(--line); border-radius:6px; padding:.25rem .5rem }
 .maps { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap:.8rem }
-.map { height:460px; min-width:0; background:var(--card); border:1px solid var(--line); border-radius:8px } .chart { height:300px; min-width:0 }
+.map { height:460px; min-width:0; overflow:hidden; background:var(--card); border:1px solid var(--line); border-radius:8px } .chart { height:300px; min-width:0 }
 .legend { display:flex; flex-wrap:wrap; gap:.2rem .9rem; margin:.5rem 0; font-size:13px } .legend i { display:inline-block; width:.75em; height:.75em;
   border-radius:50%; margin-right:.35em }
 .wide { overflow-x:auto } table { border-collapse:collapse; font-size:13px; font-variant-numeric:tabular-nums }

@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # %% auto #0
-__all__ = ['score_tables', 'flatten', 'result_view', 'show_results']
+__all__ = ['wide_console', 'score_tables', 'flatten', 'result_view', 'show_results']
 
 # %% ../../nbs/runs/02_results.ipynb #b1b2d2f3
+_SHORT = {"spearman": "spearm", "pearson": "pearson", "stress1": "stress", "edge_auc": "auc", "shell_f1": "shell", "w1_knn": "w1"}
+
+
+def wide_console() -> Any:
+    """A rich console of at least 112 columns: tables in a log file or a narrow window are not cut."""
+    from rich.console import Console
+    return Console(width=max(112, Console().width))
+
+
 def _line(line: Mapping[str, Any], rank: float | None, best: Mapping[str, float]) -> list[str]:
-    """The texts of one method: name, mean rank, the ten metrics (± over seeds for several), seconds."""
+    """The texts of one method: name, mean rank, the ten metrics (the first one ± over several seeds), seconds."""
     texts = [str(line["method"]), "" if rank is None else f"{rank:.2f}"]
     for metric in SCORE_KEYS:
-        text = f"{line[metric]:.3f}" + (f"±{line[metric + '_std']:.3f}" if line["seeds"] > 1 and line[metric + "_std"] >= 5e-4 else "")
+        text = f"{line[metric]:.3f}" + (f"±{line['spearman_std']:.3f}" if metric == "spearman" and line["seeds"] > 1 else "")
         texts.append(f"[bold]{text}[/]" if rank is not None and line[metric] == best[metric] else text)
     return [*texts, f"{line['seconds']:.1f}" if line["seconds"] == line["seconds"] else ""]
 
@@ -38,7 +47,7 @@ def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         ranked = lines.loc[list(order)]
         best = {m: ranked[m].max() if sign > 0 else ranked[m].min() for m, sign in METRICS.items()}
         table = Table(title=f"{task} (protocol {lines['protocol'].iloc[0]})", title_justify="left", header_style="bold", box=None, padding=(0, 1))
-        for i, head in enumerate(["method", "rank", *SCORE_KEYS, "s"]):
+        for i, head in enumerate(["method", "rank", *(_SHORT.get(k, k) for k in SCORE_KEYS), "s"]):
             table.add_column(head, justify="right" if i else "left", no_wrap=True)
         for method in [*order, *[m for m in lines.index if m not in order]]:
             table.add_row(*_line(lines.loc[method].to_dict(), order.get(method), best), style="cyan" if method.startswith("gears") else None)
@@ -88,8 +97,7 @@ def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
 # %% ../../nbs/runs/02_results.ipynb #8d6df3e0
 def show_results(root: Path | None = None, only: str = "", console: Any = None) -> int:
     """Print every result below `root` (or those whose name contains `only`); return how many are stale."""
-    from rich.console import Console
-    console = console or Console()
+    console = console or wide_console()
     found = {k: r for k, r in load_results(root).items() if only in k}
     if not found:
         console.print(f"no results below {root or figures_root()}" + (f" whose name contains {only}" if only else ""))

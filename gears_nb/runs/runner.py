@@ -122,7 +122,7 @@ def _fits(value: Any, kind: type | None) -> bool:
         return False
     return isinstance(value, (int, float) if kind is float else (list, tuple) if kind in (list, tuple) else kind)
 
-
+# %% ../../nbs/runs/01_runner.ipynb #773730a0
 def check_parameters(notebook: Notebook, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with text read as values, checked against the notebook's parameters.
 
@@ -154,7 +154,7 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
         split[name.strip()] = value.strip()
     return split
 
-# %% ../../nbs/runs/01_runner.ipynb #f78e9f0d
+# %% ../../nbs/runs/01_runner.ipynb #ce041a33
 class RunError(RuntimeError):
     """A notebook stopped with an error; the message is one line and names the executed copy."""
 
@@ -178,7 +178,7 @@ def _prepared_copy(notebook: Notebook, target: Path, profile: str | None) -> Non
             cell.update(outputs=[], execution_count=None)
     target.write_text(json.dumps(content), encoding="utf-8")
 
-# %% ../../nbs/runs/01_runner.ipynb #ce041a33
+# %% ../../nbs/runs/01_runner.ipynb #2f144479
 def run(name: str, profile: str | None = None, params: Mapping[str, Any] | None = None, *, root: Path | None = None,
         out: Path | None = None, log_output: bool = False, progress: bool = False) -> Path:
     """Execute the notebook `name` and return the path of the executed copy, `runs/<name>/<stamp>.ipynb`.
@@ -206,7 +206,7 @@ def _known_profile(name: str) -> str:
         raise InputError("gears run", "profile", f"{name!r} does not exist", f"choose one of {', '.join(PROFILES)}")
     return name
 
-# %% ../../nbs/runs/01_runner.ipynb #61c0d220
+# %% ../../nbs/runs/01_runner.ipynb #cbbd6bc0
 def _execute(notebook: Notebook, values: dict[str, Any], profile: str | None, target: Path, log_output: bool, progress: bool) -> Path:
     """Run papermill on a prepared copy; rename the result to `target` only when every cell passed."""
     import papermill

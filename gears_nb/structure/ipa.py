@@ -23,7 +23,7 @@ from ..targets.families import GeoTargets, squared_distances
 # %% auto #0
 __all__ = ['coordinate_update', 'RecycleBlock', 'dropout', 'augment', 'drop_edges', 'repulsion', 'entropy_deficit', 'rw_weight',
            'CoordinateHead', 'Recycler', 'attention_bias', 'trace_record', 'loss_terms', 'loss_weights', 'D7',
-           'gate_loss', 'pretrain_gate']
+           'guess_loss', 'gate_loss', 'pretrain_gate']
 
 # %% ../../nbs/structure/03_ipa.ipynb #139bd5b2
 def coordinate_update(attention: Tensor, x: Tensor, A: Tensor) -> Tensor:
@@ -219,6 +219,17 @@ class D7(GeometryModel):
         terms = loss_terms(first, x, seen[0], gate, support, targets, mask, self.targets.stress)
         weights = loss_weights(c, self.targets.stress_weight, epoch)
         return {"loss": sum(weights[name] * value for name, value in terms.items()), **terms}
+
+# %% ../../nbs/structure/03_ipa.ipynb #a1guess1
+def guess_loss(model: D7, batch: tuple[Tensor, Tensor], epoch: int = 0, rng: torch.Generator | None = None) -> dict[str, Tensor]:
+    """`L_0` of the coordinate head alone, for `core.training.train`; batch: `H` `(B, n, d)` and target distances `(B, n, n)`."""
+    H, delta = batch
+    everyone = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device)
+    H = augment(H, everyone, model.config.h_noise, model.config.h_dropout, rng) if model.training else H
+    i, j = torch.triu_indices(H.shape[1], H.shape[1], 1, device=H.device)
+    x, delta = model.refine.guess(H, rng), delta[:, i, j]
+    d = ((x[:, i] - x[:, j]).square().sum(-1) + 1e-12).sqrt()
+    return {"loss": ((d - delta).square().sum(1) / delta.square().sum(1)).mean()}
 
 # %% ../../nbs/structure/03_ipa.ipynb #3c845e2b
 def gate_loss(model: D7, batch: Batch, epoch: int = 0, rng: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ __all__ = ['StressForm', 'SOFT_LENGTH', 'FLOOR', 'edge_lengths', 'masked_mean', 
            'Energy', 'energy']
 
 # %% ../../nbs/targets/02_energy.ipynb #4ddb1d4c
-StressForm = Literal["log", "ratio", "sigma"]
+StressForm = Literal["log", "ratio", "sigma", "metric"]
 SOFT_LENGTH = 0.01  # gauge units; softens lengths near zero
 
 
@@ -47,8 +47,10 @@ def stress(X: Tensor, targets: GeoTargets, form: StressForm = "log") -> Tensor:
     elif form == "sigma":
         sigma = targets.sigma_local.gather(1, targets.multiscale_edges.flatten(1)).unflatten(1, (-1, 2))
         terms = (d - ref).square() / (sigma.prod(-1) + SOFT_LENGTH**2)
+    elif form == "metric":
+        terms = (d - ref).square() / masked_mean(ref.square(), targets.edge_mask)[:, None]
     else:
-        raise InputError("energy", "form", f"unknown stress {form!r}", "use log, ratio or sigma")
+        raise InputError("energy", "form", f"unknown stress {form!r}", "use log, ratio, sigma or metric")
     return masked_mean(terms, targets.edge_mask)
 
 # %% ../../nbs/targets/02_energy.ipynb #8d1101de
@@ -94,7 +96,7 @@ class Energy:
 
 def energy(X: Tensor, targets: GeoTargets, *,
            stress_weight: float = 0.1,             # weight of the stress in the total
-           form: StressForm = "log",               # log | ratio | sigma
+           form: StressForm = "log",               # log | ratio | sigma | metric
            divergence: Literal["kl", "js"] = "kl",
            gauge: bool = True,                     # bring X to the unit-RMS gauge first
            ) -> Energy:

@@ -1,0 +1,159 @@
+"""The report is one file, needs no network, survives odd names, and draws what it was given."""
+import json
+import re
+import shutil
+import subprocess
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from gears_nb.benchmark.compare import risk_coverage, score_row
+from gears_nb.benchmark.metrics import METRICS
+from gears_nb.core.errors import InputError
+from gears_nb.core.results import SCORE_KEYS
+from gears_nb.runs.report import informative_genes, position_colours, tissue_view, write_report
+
+BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+
+
+def placed(n=60, genes=12, seed=0):
+    """A reconstructed table (turned, mirrored, scaled truth with one missing cell) and its truth."""
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(0, 10, (n, 2))
+    X = rng.poisson(2.0, (n, genes)).astype(np.float32)
+    X[:, 0] = np.rint(5 * truth[:, 0])
+    X[:, 1] += 60                                   # the rest of a cell's counts, so that totals stay comparable
+    table = ad.AnnData(X, obs=pd.DataFrame({"type": np.where(truth[:, 1] > 5, "a<b", "c&d")}, index=[f"cell{i}" for i in range(n)]),
+                       var=pd.DataFrame(index=["</script><b>0", *[f"g{i}" for i in range(1, genes)]]))
+    table.obs["gears_confidence"] = rng.uniform(size=n)
+    table.obsm["X_gears"] = (truth @ np.array([[0.0, -4.0], [-4.0, 0.0]]) + 9)
+    table.obsm["X_gears"][5] = np.nan
+    return table, truth
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    table, truth = placed()
+    slide = ad.AnnData(table.X[:30].copy(), var=table.var.copy(), obs=pd.DataFrame(index=[f"s{i}" for i in range(30)]), obsm={"spatial": truth[:30]})
+    rng, rows = np.random.default_rng(1), []
+    for seed in (0, 1):
+        rows += [score_row(table.obsm["X_gears"], truth, protocol="own", dataset="toy", method="gears", seed=seed, seconds=1.0),
+                 score_row(rng.normal(size=truth.shape), truth, protocol="own", dataset="toy", method="random", seed=seed, seconds=1.0)]
+    history = [{"epoch": i, "loss": 5.0 / (i + 1), "validate": None, "part": float("nan")} for i in range(5)]
+    path = write_report(
+        tmp_path_factory.mktemp("report") / "r.html", "Tissue <1>",
+        [tissue_view("known", table, truth), tissue_view("unknown", table, reference=slide)], scores={"toy": rows},
+        risk={"toy": risk_coverage(table.obsm["X_gears"], truth, table.obs["gears_confidence"].to_numpy())}, histories={"encoder": history},
+        diagnostics={"toy": {"warnings": ["lost <4> genes"], "graph": {"components": 1}, "gene_matching": {"shared": 12, "examples": ["a", "b"]}}})
+    return path
+
+
+def own_part(text):
+    """The page without plotly's own script."""
+    before, rest = text.split("<script>/**", 1)
+    return before + rest.split("</script>", 1)[1]
+
+
+def data_of(text):
+    return json.loads(re.search(r'id="gears-data">(.*?)</script>', text, re.S).group(1))
+
+
+def test_one_file_without_network(page):
+    text = page.read_text()
+    assert len(re.findall(r"\* plotly\.js v", text)) == 1
+    assert not re.search(r"https?:|//cdn|@import|<link|<img|src\s*=|url\(", own_part(text))
+    assert "default-src 'none'" in text
+    assert [p.name for p in page.parent.iterdir()] == ["r.html"]
+
+
+def test_everything_from_files_is_escaped(page):
+    own = own_part(page.read_text())
+    assert "Tissue &lt;1&gt;" in own and "lost &lt;4&gt; genes" in own
+    assert own.count("</script>") == 2, "a gene name closed a script element"
+    names = [c["name"] for c in data_of(page.read_text())["tissues"][0]["colours"]]
+    assert "gene </script><b>0" in names
+
+
+def test_truth_and_reconstruction_coincide(page):
+    """The reconstruction is the truth turned, mirrored and scaled: after alignment both maps are the same."""
+    true, made = data_of(page.read_text())["tissues"][0]["maps"]
+    np.testing.assert_allclose([true["x"], true["y"]], [made["x"], made["y"]], atol=2e-4)
+    assert len(true["x"]) == 59                              # the cell without a position is left out
+    assert np.mean(np.square(true["x"]) + np.square(true["y"])) == pytest.approx(1, abs=1e-3)
+
+
+def test_every_colouring_fits_its_points(page):
+    for tissue in data_of(page.read_text())["tissues"]:
+        for m in tissue["maps"]:
+            assert len(m["x"]) == len(m["y"]) == len(tissue["names"][m["group"]])
+        for colour in tissue["colours"]:
+            assert [len(v) for v in colour["values"] if v] == [len(n) for n, v in zip(tissue["names"], colour["values"]) if v]
+
+
+def test_baselines_stand_beside_ours(page):
+    text = page.read_text()
+    assert "<tr class=ours><td>gears" in text and "<td>random" in text
+    assert text.index("<td>gears") < text.index("<td>random")
+    for section in ("Maps", "Scores", "Training", "Genes", "Expression graph", "Warnings", "How to read this"):
+        assert f"<h2>{section}</h2>" in text
+
+
+def test_absent_parts_are_left_out(tmp_path):
+    text = write_report(tmp_path / "r.html", "Empty").read_text()
+    assert "<h2>Scores" not in text and "<h2>Maps" not in text and "How to read this" in text
+
+
+def test_refusals(tmp_path):
+    table, truth = placed()
+    with pytest.raises(InputError, match="gears reconstruct"):
+        tissue_view("t", ad.AnnData(np.ones((3, 2), np.float32)))
+    with pytest.raises(InputError, match="nogene"):
+        tissue_view("t", table, truth, genes=["nogene"])
+    table.obsm["X_gears"][:] = np.nan
+    with pytest.raises(InputError, match="only 0 cells"):
+        tissue_view("t", table, truth)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError):
+        write_report(tmp_path / "file" / "r.html", "t")
+
+
+def test_subsample_is_seeded_and_aligned_on_all_cells():
+    table, truth = placed(n=400)
+    views = [tissue_view("t", table, truth, max_points=50, seed=s) for s in (0, 0, 1)]
+    assert views[0] == views[1] and views[0].names != views[2].names
+    full = tissue_view("t", table, truth)
+    where = {name: i for i, name in enumerate(full.names[0])}
+    rows = [where[n] for n in views[0].names[0]]
+    assert views[0].maps[1]["x"] == [full.maps[1]["x"][i] for i in rows]
+
+
+def test_smooth_genes_are_preferred():
+    table, truth = placed(n=300)
+    assert informative_genes(table, truth, count=1) == ["</script><b>0"]
+
+
+def test_position_colours_are_monotone_along_an_edge():
+    xy = np.stack([np.linspace(0, 1, 6), np.zeros(6)], 1)
+    red = [int(c[1:3], 16) for c in position_colours(np.vstack([xy, [[0, 1]]]))][:6]
+    assert red == sorted(red) and red[0] < red[-1]
+
+
+def test_score_keys_are_the_metrics():
+    assert SCORE_KEYS == tuple(METRICS)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the page is not opened in a browser")
+def test_in_a_browser(page, tmp_path):
+    """The script runs to its end without an error and draws every point of both maps and the line charts."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=6000"]
+    done = subprocess.run([BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert 'data-ready="yes"' in done.stdout
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    drawn = done.stdout.split("<script type=\"application/json\"")[0]
+    maps = re.split(r'id="map\d"', drawn)[1:]
+    assert len(maps) == 2
+    assert [m.split('id="legend"')[0].count('class="point"') for m in maps] == [59, 59]
+    assert len(re.findall(r"js-line", drawn)) >= 2
