@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed-$(shell cat $(RECIPE) | cksum | cut -d' ' -f1)
 # the first interpreter between 3.10 and 3.12; override with  make PYTHON=/path/to/python3.11 demo
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
-RUFF_FLAGS := --line-length 140 --target-version py310 --select E4,E7,E9,F,B,UP --ignore E402,E731,E741,F403,F405,B905,B008
+RUFF_FLAGS := --line-length 140 --target-version py310 --select E4,E7,E9,F,B,UP --ignore E402,E701,E702,E731,E741,F403,F405,B905,B008
 
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 export PYTHONHASHSEED  ?= 0
@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@$(BIN)/gears demo --out demo
 
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -o faulthandler_timeout=300 tests
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --notebook-dir=nbs

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import anndata as ad
@@ -252,3 +253,41 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setitem(cli._COMMANDS, "demo", stop)
     assert main(["demo"]) == 130
     assert "same command continues" in capsys.readouterr().err
+
+
+def test_killed_training_continues_with_the_same_numbers(files, tmp_path_factory):
+    """kill -9 in the middle of training; the same command continues from a checkpoint and ends with the same coordinates."""
+    command = [GEARS, "reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--profile", "smoke", "--quiet",
+               "--set", "encoder.train.epochs=120", "--out"]
+
+    def start(out, cache):
+        env = {**os.environ, "GEARS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, out], cwd=files, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    whole, cache = start("whole.h5ad", tmp_path_factory.mktemp("a")), tmp_path_factory.mktemp("b")
+    assert whole.communicate(timeout=120)[0].startswith("100 of 100")
+    killed = start("killed.h5ad", cache)
+    deadline = time.monotonic() + 60
+    while not list(cache.rglob("encoder*.json")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -9 and list(cache.rglob("encoder*.json")), "training was over before it could be killed"
+    assert not (files / "killed.h5ad").exists()
+    again = start("killed.h5ad", cache)
+    assert again.communicate(timeout=120)[0].startswith("100 of 100") and again.returncode == 0
+    one, other = (ad.read_h5ad(files / f"{n}.h5ad") for n in ("whole", "killed"))
+    np.testing.assert_array_equal(one.obsm["X_gears"], other.obsm["X_gears"])
+    np.testing.assert_array_equal(one.obs["gears_confidence"], other.obs["gears_confidence"])
+
+
+def test_run_executes_a_notebook_elsewhere(tmp_path):
+    """An experiment runs with its parameters, and leaves nothing below nbs/ (its export cells would take over a module)."""
+    from gears_nb.core.results import repo_root
+    from gears_nb.runs.runner import run
+    before = sorted(p for p in (repo_root() / "nbs").rglob("*") if ".ipynb_checkpoints" not in p.parts)
+    copy = run("runs/demo", "smoke", {"seed": 1}, out=tmp_path)
+    text = copy.read_text(encoding="utf-8")
+    assert copy.parent == tmp_path and [p.name for p in tmp_path.iterdir()] == [copy.name]
+    assert "injected-parameters" in text and "seed = 1" in text
+    assert sorted(p for p in (repo_root() / "nbs").rglob("*") if ".ipynb_checkpoints" not in p.parts) == before

@@ -34,7 +34,7 @@ def test_runs(path, monkeypatch):
     with matplotlib.rc_context():           # notebooks share this process, but not their figure style
         passed, seconds = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
     assert passed, f"{name(path)} failed; its error is printed above"
-    assert seconds < 60, f"{name(path)} took {seconds:.0f} s, notebooks should take less than 20"
+    assert seconds < 180, f"{name(path)} took {seconds:.0f} s, notebooks should take less than 20"
 
 
 def test_export_leaves_no_diff(tmp_path):

@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("dropout", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
     **dict.fromkeys(("epochs", "patience", "patience_after", "warmup", "rw_ramp", "gate_pretrain", "iterations"), (0, float("inf"))),
     **dict.fromkeys(("noise", "h_noise", "guess_epochs", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
-    **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight"), (0, float("inf"))),
+    **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight", "even"), (0, float("inf"))),
     **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
     **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "landmarks", "overlap", "width"), (1, float("inf"))),
     **dict.fromkeys(("lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
@@ -101,7 +101,7 @@ class TrainConfig(Section):
     patience_after: int = 0  # epochs that count neither for patience nor as best (loss weights still ramping)
     device: str = "auto"  # "auto" (cuda if there is one), "cpu", "cuda", "cuda:1"
     precision: str = "32-true"
-    schedule: str = "constant"  # of the step size: "constant", or "cosine" (a tenth of the epochs rising, then falling to zero)
+    schedule: str = "cosine"  # of the step size: "constant", or "cosine" (a tenth of the epochs rising, then falling to zero)
     progress: bool = True  # show a progress bar
     checkpoint_every: int = 1  # epochs between checkpoints
 
@@ -192,6 +192,7 @@ class SolveConfig(Section):
     landmarks: int
     huber_delta: float = 0.1  # residual where the penalty turns linear, in units of the median edge
     anchor_weight: float = 1e-3  # pull towards the starting layout
+    even: float = 1.0  # strength of the flow towards even density after the solve; 0: none
 
 # %% ../../nbs/core/03_config.ipynb #877ce0e6
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['atomic_path', 'content_digest', 'write_json', 'Store']
+__all__ = ['atomic_path', 'content_digest', 'code_digest', 'write_json', 'Store']
 
 # %% ../../nbs/core/05_store.ipynb #d3147894
 @contextmanager
@@ -116,6 +116,15 @@ def content_digest(*objs: Any) -> str:
     """
     h = hashlib.blake2b(digest_size=16)
     _feed_any(h, list(objs))
+    return h.hexdigest()
+
+# %% ../../nbs/core/05_store.ipynb #c0dedig1
+def code_digest(chapters: tuple[str, ...]) -> str:
+    "Digest of the modules of some chapters of this package (such as core and data), comments and blank lines aside."
+    root, h = Path(__file__).resolve().parents[1], hashlib.blake2b(digest_size=16)
+    for path in sorted(p for chapter in chapters for p in (root / chapter).glob("*.py")):
+        lines = (line.rstrip() for line in path.read_text(encoding="utf-8").splitlines())
+        h.update("\n".join([path.name, *(x for x in lines if x and not x.lstrip().startswith("#"))]).encode())
     return h.hexdigest()
 
 # %% ../../nbs/core/05_store.ipynb #37b4c8d2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.config import EncoderConfig
 from ..core.seeding import randn, rand, stream_seed
 from ..core.training import History, train
-from ..data.preprocess import smooth_expression
+from ..data.neighbours import average_neighbours
 from .losses import far_pairs, spatial_infonce, vicreg
 
 # %% auto #0
@@ -32,8 +32,8 @@ def context_features(X: np.ndarray, k: int, own: float = 0.5) -> np.ndarray:
     `k`: neighbours per range, at most `n // 25` (and at least 5); `own`: weight of the cell's own profile. Memory O(n g).
     """
     k = min(k, max(5, len(X) // CONTEXT_SHARE))
-    near = smooth_expression(X, k)
-    u = np.concatenate([own * X, near, smooth_expression(near, k)], axis=1)
+    near = average_neighbours(X, k)
+    u = np.concatenate([own * X, near, average_neighbours(near, k)], axis=1)
     return u - u.mean(0)
 
 # %% ../../nbs/encoder/02_model.ipynb #590ad971

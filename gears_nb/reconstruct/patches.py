@@ -15,84 +15,11 @@ from scipy.sparse.csgraph import connected_components
 
 from ..core.errors import GearsWarning, InputError
 from ..core.seeding import np_rng
+from ..data.neighbours import knn, nearest_centre, squared_distances_to
+from ..data.preprocess import unit_rows
 
 # %% auto #0
-__all__ = ['unit_rows', 'knn', 'jaccard', 'CellGraph', 'build_graph', 'choose_landmarks', 'random_walks', 'Patches',
-           'sample_patches']
-
-# %% ../../nbs/reconstruct/01_patches.ipynb #f5b67a95
-def unit_rows(H: np.ndarray) -> np.ndarray:
-    "Rows of `H` (N, d) scaled to length one, float32; an all-zero row stays zero."
-    H = np.ascontiguousarray(H, dtype=np.float32)
-    return H / np.maximum(np.linalg.norm(H, axis=1, keepdims=True), 1e-12)
-
-
-def _top(D2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "The `k` smallest entries of each row of `D2`, ascending, with their columns."
-    k = min(k, D2.shape[1])
-    part = np.argpartition(D2, k - 1, axis=1)[:, :k] if k < D2.shape[1] else np.broadcast_to(np.arange(k), D2.shape)
-    value = np.take_along_axis(D2, part, 1)
-    order = np.argsort(value, axis=1, kind="stable")
-    return np.sqrt(np.maximum(np.take_along_axis(value, order, 1), 0)), np.take_along_axis(part, order, 1)
-
-
-def _sqdist(A: np.ndarray, B: np.ndarray) -> np.ndarray:
-    "Squared Euclidean distances between rows of `A` (a, d) and `B` (b, d)."
-    return (A * A).sum(1)[:, None] - 2 * (A @ B.T) + (B * B).sum(1)[None]
-
-# %% ../../nbs/reconstruct/01_patches.ipynb #52d17686
-def _coarse_groups(U: np.ndarray, groups: int, rng: np.random.Generator, sweeps: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    "A few k-means sweeps on a sample: centres (groups, d) and the group of every row (N,)."
-    sample = U[rng.choice(len(U), min(len(U), 50 * groups), replace=False)]
-    centres = sample[:groups].copy()
-    for _ in range(sweeps):
-        label = _nearest(sample, centres)
-        size = np.bincount(label, minlength=groups)
-        total = sp.csr_matrix((np.ones(len(label), np.float32), (label, np.arange(len(label)))), (groups, len(label))) @ sample
-        centres = np.where(size[:, None] > 0, total / np.maximum(size, 1)[:, None], centres)
-    return centres, _nearest(U, centres)
-
-
-def _nearest(U: np.ndarray, centres: np.ndarray, block: int = 8192) -> np.ndarray:
-    "Index of the nearest centre for every row of `U`, in blocks."
-    return np.concatenate([_sqdist(U[i : i + block], centres).argmin(1) for i in range(0, len(U), block)])
-
-# %% ../../nbs/reconstruct/01_patches.ipynb #f73ce061
-def _drop_self(dist: np.ndarray, index: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Remove each row's own cell (or, if absent, its last entry) from (n, k+1) neighbour lists."
-    own = index == rows[:, None]
-    own[~own.any(1), -1] = True
-    keep = ~own
-    return dist[keep].reshape(len(rows), -1), index[keep].reshape(len(rows), -1)
-
-
-def knn(H: np.ndarray, k: int, *, seed: int = 0, exact_below: int = 12_000, candidates: int = 3000) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine nearest neighbours of each row of `H` (N, d), itself excluded: distances and indices, both (N, k).
-
-    Exact below `exact_below` cells; above it, among at least `candidates` cells from the nearest coarse groups.
-    """
-    U, N = unit_rows(H), len(H)
-    k = min(k, N - 1)
-    dist, index = np.empty((N, k), np.float32), np.empty((N, k), np.int32)
-    if N <= exact_below:
-        blocks = ((np.arange(i, min(i + 1024, N)), np.arange(N)) for i in range(0, N, 1024))
-    else:
-        blocks = _group_blocks(U, max(k + 1, candidates), np_rng(seed, "knn"))
-    for rows, pool in blocks:
-        d, j = _top(_sqdist(U[rows], U[pool]), k + 1)
-        dist[rows], index[rows] = _drop_self(d, pool[j], rows)
-    return dist, index
-
-
-def _group_blocks(U: np.ndarray, candidates: int, rng: np.random.Generator):
-    "Yield (cells of a group, sorted cells of the nearest groups holding at least `candidates` cells)."
-    centres, label = _coarse_groups(U, max(8, int(np.sqrt(len(U)))), rng)
-    size = np.bincount(label, minlength=len(centres))
-    member = np.split(np.argsort(label, kind="stable"), np.cumsum(size)[:-1])
-    near = np.argsort(_sqdist(centres, centres), axis=1, kind="stable")
-    for g in np.flatnonzero(size):
-        probes = near[g, : np.searchsorted(np.cumsum(size[near[g]]), candidates) + 1]
-        yield member[g], np.sort(np.concatenate([member[p] for p in probes]))
+__all__ = ['jaccard', 'CellGraph', 'build_graph', 'choose_landmarks', 'random_walks', 'Patches', 'sample_patches']
 
 # %% ../../nbs/reconstruct/01_patches.ipynb #6aefcf60
 def jaccard(index: np.ndarray, i: np.ndarray, j: np.ndarray, block: int = 65_536) -> np.ndarray:
@@ -167,7 +94,7 @@ def _island_links(U: np.ndarray, islands: np.ndarray, sample: int = 2000) -> tup
     for c in range(1, islands.max() + 1):
         own, rest = np.flatnonzero(islands == c), np.flatnonzero(islands != c)
         own, rest = own[:: max(1, len(own) // sample)], rest[:: max(1, len(rest) // sample)]
-        D2 = _sqdist(U[own], U[rest])
+        D2 = squared_distances_to(U[own], U[rest])
         a, b = np.unravel_index(D2.argmin(), D2.shape)
         rows.append((own[a], rest[b], np.sqrt(max(D2[a, b], 0))))
     i, j, d = zip(*rows)
@@ -214,7 +141,7 @@ def choose_landmarks(H: np.ndarray, count: int, rng: np.random.Generator, sample
     for t in range(count):
         free = nearest if nearest.sum() > 0 else np.where(np.isin(np.arange(len(pool)), chosen[:t]), 0.0, 1.0)
         chosen[t] = np.searchsorted(np.cumsum(free), rng.random() * free.sum(), side="right")
-        nearest = np.minimum(nearest, np.maximum(_sqdist(U, U[chosen[t : t + 1]])[:, 0], 0)) * (np.arange(len(pool)) != chosen[t])
+        nearest = np.minimum(nearest, np.maximum(squared_distances_to(U, U[chosen[t : t + 1]])[:, 0], 0)) * (np.arange(len(pool)) != chosen[t])
     return np.sort(pool[chosen])
 
 # %% ../../nbs/reconstruct/01_patches.ipynb #1d1960a5
@@ -309,7 +236,7 @@ def sample_patches(graph: CellGraph, H: np.ndarray, *, size: int = 256, landmark
         return Patches(np.concatenate([marks, others])[None], len(marks), N)
     banned = np.zeros(N, bool)
     banned[marks] = True
-    home = _nearest(unit_rows(H), unit_rows(H[marks]))
+    home = nearest_centre(unit_rows(H), unit_rows(H[marks]))
     rows, filled = _cover(graph.adjacency, banned, home, size - len(marks), overlap, restart, walkers, rng)
     return Patches(np.concatenate([np.broadcast_to(marks, (len(rows), len(marks))), rows], axis=1), len(marks), N, filled)
 

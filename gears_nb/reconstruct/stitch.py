@@ -12,7 +12,9 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator, cg
 
 from ..core.seeding import np_rng
-from .patches import CellGraph, Patches, _sqdist, random_walks, unit_rows
+from ..data.neighbours import squared_distances_to
+from ..data.preprocess import unit_rows
+from .patches import CellGraph, Patches, random_walks
 
 # %% auto #0
 __all__ = ['SUBTRACT', 'PatchGeometry', 'local_pairs', 'landmark_pairs', 'edge_pattern', 'Observations', 'observe',
@@ -74,7 +76,7 @@ def landmark_pairs(H: np.ndarray, landmarks: np.ndarray, anchors: int, rng: np.r
     "Each cell with `anchors` landmarks, half the nearest in `H` and half random; and all landmark pairs."
     U, L = unit_rows(H), len(landmarks)
     near, anchors = min(L, anchors // 2), min(L, anchors)
-    rank = np.argsort(np.argsort(_sqdist(U, U[landmarks]), axis=1, kind="stable"), axis=1, kind="stable")
+    rank = np.argsort(np.argsort(squared_distances_to(U, U[landmarks]), axis=1, kind="stable"), axis=1, kind="stable")
     key = np.where(rank < near, -1.0, rng.random(rank.shape, dtype=np.float32))
     chosen = np.argpartition(key, anchors - 1, axis=1)[:, :anchors]
     a, b = np.triu_indices(L, 1)

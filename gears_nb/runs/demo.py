@@ -144,13 +144,14 @@ def write_demo_report(path: Path, results: Mapping[str, AnnData], truth: Mapping
                       history: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> Path:
     """The report of the demo: both queries, every method, training, diagnostics."""
     from gears_nb.benchmark.compare import risk_coverage
+    from gears_nb.runs.files import diagnostics_of
     from gears_nb.runs.report import tissue_view, write_report
     titles = {"ST3": "ST3, held-out section", "SC": "SC, dissociated cells of another patient"}
     views = [tissue_view(titles[n], r, truth[n], seed=seed) for n, r in results.items()]
     risk = {titles[n]: risk_coverage(np.asarray(r.obsm["X_gears"]), truth[n], r.obs["gears_confidence"].to_numpy()) for n, r in results.items()}
     return write_report(path, "A simulated liver, reconstructed", views, subtitle="Learned from two sections with positions; ST3 and SC "
                         "were placed from gene expression alone.", scores={titles[n]: own for n, own in rows.items()}, risk=risk, histories=history,
-                        diagnostics={titles[n]: dict(r.uns["gears"]) for n, r in results.items()},
+                        diagnostics={titles[n]: diagnostics_of(r) for n, r in results.items()},
                         footer=f"seed {seed}; " + ", ".join(f"{k} {v}" for k, v in versions_info().items()))
 
 

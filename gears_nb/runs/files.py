@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
-__all__ = ['check_output', 'check_exists', 'make_config', 'obtain_model', 'Placed', 'reconstruct_files', 'evaluate_files']
+__all__ = ['check_output', 'check_exists', 'make_config', 'obtain_model', 'Placed', 'reconstruct_files', 'named_after',
+           'diagnostics_of', 'evaluate_files']
 
 # %% ../../nbs/runs/08_files.ipynb #2c299ee2
 def check_output(path: str | Path, flag: str, suffix: str, inputs: Sequence[str | Path] = ()) -> Path:
@@ -118,17 +120,35 @@ def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str 
         check_output(report, "--report", ".html", inputs)
     config = make_config(profile, seed, min_genes, overrides, progress)
     from gears_nb.data.io import read, read_many, write_h5ad
-    tables = read_many(slides, spatial=True)
-    query = read(cells, spatial=False)
+    tables = read_many(slides, spatial=True, counts=config.counts, min_spots=config.structure.miniset)
+    query = read(cells, spatial=False, counts=config.counts)
     _check_genes(query, genes, str(cells))
-    model = obtain_model(config, tables, query, model_dir)
-    result = model.reconstruct(query)
+    with named_after({"cells": cells}):
+        model = obtain_model(config, tables, query, model_dir)
+        result = model.reconstruct(query)
     write_h5ad(result, out)
     if report is not None:
         _write_reconstruction_report(report, Path(cells).name, result, tables[0], model, genes, seed)
     return Placed(result.n_obs, int(np.isfinite(result.obsm["X_gears"]).all(1).sum()), Path(out), Path(report) if report else None)
 
-# %% ../../nbs/runs/08_files.ipynb #9798ae6b
+# %% ../../nbs/runs/08_files.ipynb #15789186
+@contextmanager
+def named_after(files: Mapping[str, str | Path]) -> Iterator[None]:
+    """Within this context an `InputError` about one of the keys is raised about the file of that name instead."""
+    try:
+        yield
+    except InputError as error:
+        if error.source not in files:
+            raise
+        raise InputError(str(files[error.source]), error.field, error.problem, error.remedy) from error
+
+
+def diagnostics_of(result: AnnData) -> dict[str, Any]:
+    """`uns['gears']` of a reconstruction with its JSON texts read."""
+    import json
+    return {key: json.loads(text) if isinstance(text, str) else text for key, text in result.uns["gears"].items()}
+
+# %% ../../nbs/runs/08_files.ipynb #c12deefd
 def _check_genes(query: AnnData, genes: Sequence[str], source: str) -> None:
     """Raise `InputError` for a gene to colour by that the cells do not have, with the nearest name."""
     from difflib import get_close_matches
@@ -151,10 +171,10 @@ def _write_reconstruction_report(path: str | Path, name: str, result: AnnData, s
         risk[name] = risk_coverage(X, truth, result.obs["gears_confidence"].to_numpy())
     view = tissue_view(name, result, truth, None if truth is not None else slide, genes, seed=seed)
     write_report(path, f"{name}, reconstructed", [view], subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
-                 histories=model.history, diagnostics={name: dict(result.uns["gears"])},
+                 histories=model.history, diagnostics={name: diagnostics_of(result)},
                  footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
 
-# %% ../../nbs/runs/08_files.ipynb #37ea4c42
+# %% ../../nbs/runs/08_files.ipynb #37945206
 def _positions(adata: AnnData, source: str, keys: Sequence[str]) -> np.ndarray:
     """The first of `obsm[keys]` as (n, 2+) floats; `InputError` when there is none."""
     for key in keys:

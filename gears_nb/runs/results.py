@@ -22,9 +22,9 @@ _SHORT = {"spearman": "spearm", "pearson": "pearson", "stress1": "stress", "edge
 
 
 def wide_console() -> Any:
-    """A rich console of at least 112 columns: tables in a log file or a narrow window are not cut."""
+    """A rich console of at least 112 columns that prints text: tables in a log file or a narrow window are not cut."""
     from rich.console import Console
-    return Console(width=max(112, Console().width))
+    return Console(width=max(112, Console().width), force_jupyter=False)
 
 
 def _line(line: Mapping[str, Any], rank: float | None, best: Mapping[str, float]) -> list[str]:
