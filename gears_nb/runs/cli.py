@@ -40,7 +40,7 @@ _EXAMPLES = """examples
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
   gears list                                              notebooks and their parameters
-  gears run scale -p sizes=[2000,5000]                    one experiment, with another parameter
+  gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
   gears results                                           all numbers on file, and which are stale
   gears doctor                                            is this machine ready?
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.add_argument("--seed", type=int, default=0, help="which cells are compared when there are very many")
     add("list", "notebooks by chapter, with their parameters")
-    _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light --profile toy -p seeds=[0,1,2]"))
+    _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
     results.add_argument("only", nargs="?", default="", help="show only results whose name contains this")
     add("doctor", "versions, device, memory, data: is this machine ready?")
