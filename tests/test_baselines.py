@@ -10,6 +10,7 @@ from gears_nb.benchmark import baselines
 from gears_nb.benchmark.baselines import BASELINES, METHODS, prepare, run_baselines
 from gears_nb.benchmark.metrics import score
 from gears_nb.core.errors import InputError
+from gears_nb.data.io import read_h5ad
 from gears_nb.data.registry import data_root
 
 
@@ -155,7 +156,7 @@ needs_data = pytest.mark.skipif(data_root() is None, reason="real data folder no
 
 @needs_data
 def test_starmap_numbers_of_the_field():
-    cells = ad.read_h5ad(data_root() / "starmap_mpfc/starmap_mpfc.h5ad")
+    cells = read_h5ad(data_root() / "starmap_mpfc/starmap_mpfc.h5ad")
     reference, query = (cells[cells.obs["slide"] == s].copy() for s in ("BZ5", "BZ9"))
     runs = run_baselines([reference], query, names=["knn20", "smoothed_knn20", "extratrees"])
     for name, expected in {"knn20": 0.285, "smoothed_knn20": 0.282, "extratrees": 0.303}.items():
@@ -165,7 +166,7 @@ def test_starmap_numbers_of_the_field():
 @needs_data
 def test_embryo_numbers_of_the_field():
     folder = data_root() / "seqfish_mouse_embryo"
-    reference, query = (ad.read_h5ad(folder / f"embryo{i}_z2.h5ad") for i in (1, 2))
+    reference, query = (read_h5ad(folder / f"embryo{i}_z2.h5ad") for i in (1, 2))
     runs = run_baselines([reference], query, names=["knn20", "smoothed_knn20"])
     rows = {name: score(run.X, query.obsm["spatial"]) for name, run in runs.items()}
     assert rows["knn20"]["spearman"] == pytest.approx(0.541, abs=0.03)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.data.genes import locate, match_genes, spoken_names
-from gears_nb.data.io import POSITION_COLUMNS, array_positions, parse_source, read, read_many, split_slides, write_h5ad
+from gears_nb.data.io import POSITION_COLUMNS, array_positions, parse_source, read, read_h5ad, read_many, split_slides, write_h5ad
 from gears_nb.data.registry import data_root
 from gears_nb.data.validate import validate_slide
 
@@ -198,6 +198,34 @@ def test_write_is_whole_and_leaves_the_table_alone(tmp_path: Path):
     assert list(back.obs["cell_type"]) == list(adata.obs["cell_type"])
 
 
+def with_nothing(path: Path) -> Path:
+    """A slide written by a newer anndata: `raw` and `uns/nothing` are elements encoded as `null`."""
+    write_h5ad(sections(), path)
+    with h5py.File(path, "a") as file:
+        file.pop("raw", None)
+        for name in ("raw", "uns/nothing"):
+            file.create_dataset(name, data=h5py.Empty("f")).attrs.update({"encoding-type": "null", "encoding-version": "0.1.0"})
+    return path
+
+
+def test_elements_that_hold_nothing_are_none(tmp_path: Path):
+    slide = read(with_nothing(tmp_path / "new.h5ad"), spatial=True)
+    assert slide.raw is None and slide.uns["nothing"] is None
+    np.testing.assert_array_equal(slide.X.toarray(), sections().X.toarray())
+    np.testing.assert_array_equal(slide.obsm["spatial"], sections().obsm["spatial"])
+
+
+def test_an_old_anndata_is_taught_what_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The anndata of Python 3.10, on any Python: take the reader of `null` away and call the version an old one."""
+    specs = pytest.importorskip("anndata._io.specs.registry", reason="this anndata keeps its readers elsewhere")
+    path = with_nothing(tmp_path / "new.h5ad")
+    monkeypatch.delitem(specs._REGISTRY.read, (h5py.Dataset, specs.IOSpec("null", "0.1.0"), frozenset()), raising=False)
+    with pytest.raises(specs.IORegistryError, match="null"):
+        ad.read_h5ad(path)
+    monkeypatch.setattr("gears_nb.data.io.version", lambda name: {"anndata": "0.11.4"}[name])
+    assert read_h5ad(path).uns["nothing"] is None
+
+
 # ---------------------------------------------------------------- genes
 
 
@@ -289,6 +317,15 @@ def test_apply_keeps_cells_and_fills_only_when_asked():
 # ---------------------------------------------------------------- measured data
 
 measured = pytest.mark.skipif(data_root() is None, reason="the folder of measured data is absent")
+
+
+@measured
+@pytest.mark.parametrize("name", ["her2st/patient_G.h5ad", "starmap_mpfc/starmap_mpfc.h5ad"])
+def test_measured_files_hold_nothing_and_are_read(name: str):
+    with h5py.File(data_root() / name) as file:
+        assert file["raw"].attrs["encoding-type"] == "null"
+    slide = read_h5ad(data_root() / name)
+    assert slide.raw is None and slide.n_obs > 100
 
 
 @measured

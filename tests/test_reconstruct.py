@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -178,8 +179,11 @@ def test_disconnected_graph_warns_and_is_bridged():
         graph = build_graph(H, 10)
     assert graph.n_islands == 2 and np.bincount(graph.islands).tolist() == [180, 120]
     assert connected_components(graph.adjacency)[0] == 1
-    with pytest.warns(GearsWarning, match="islands"):
+    with pytest.raises(InputError, match="disconnected, parts of 180, 120 cells.*allow_islands"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", GearsWarning)
         result = reconstruct(Oracle(), H, PATCHES, SOLVE)
+    with pytest.warns(GearsWarning, match="islands"):
+        result = reconstruct(Oracle(), H, dataclasses.replace(PATCHES, allow_islands=True), SOLVE)
     assert result.diagnostics["islands"] == [180, 120] and np.isfinite(result.X).all()
 
 

@@ -181,6 +181,7 @@ class PatchConfig(Section):
     overlap: int = 3  # patches that should cover a cell
     k_graph: int = 20  # neighbours in the graph over H
     jaccard: float = 0.05  # smallest neighbourhood overlap of an edge
+    allow_islands: bool = False  # go on although the graph over H falls apart; where the parts lie to each other is then a guess
     batch: int = 8  # patches per forward pass
 
 

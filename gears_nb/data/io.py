@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,16 @@ __all__ = ['HDF5_MAGIC', 'POSITION', 'EXPRESSION_NAME', 'COORDINATE_NAME', 'TEXT
            'POSITION_COLUMNS', 'read_h5ad', 'array_positions', 'read_table', 'read_st', 'find_pair', 'read_coordinates',
            'read_csv_pair', 'tissue_positions', 'read_space_ranger', 'parse_source', 'take_sample', 'read',
            'split_slides', 'read_many', 'write_h5ad']
+
+# %% ../../nbs/data/01_io.ipynb #d13f7b90
+def _teach_null() -> None:
+    """Let an anndata before 0.12 read elements encoded as `null` (as `None`); does nothing for later versions."""
+    if tuple(map(int, version("anndata").split(".")[:2])) >= (0, 12):
+        return
+    import h5py
+    from anndata._io.specs.registry import _REGISTRY, IOSpec
+
+    _REGISTRY.register_read(h5py.Dataset, IOSpec("null", "0.1.0"))(lambda element, _reader: None)
 
 # %% ../../nbs/data/01_io.ipynb #ec39e2e9
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -48,6 +59,7 @@ def read_h5ad(path: Path) -> AnnData:
     """The AnnData file at `path`; `InputError` for anything that is not one."""
     import anndata
 
+    _teach_null()
     try:
         with warnings.catch_warnings():
             # Repeated names are refused by `check` with a message of their own.

@@ -21,6 +21,7 @@ import gears_nb
 from ..core.errors import GearsWarning, InputError
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
+from .io import read_h5ad
 from .pseudospots import disjoint_halves, pseudo_spots
 
 if TYPE_CHECKING:
@@ -238,14 +239,12 @@ class _Shelf:
 
     def part(self, part: str) -> AnnData:
         "The whole file of `part`, or the slide named after its colon."
-        import anndata as ad
-
         relative, _, slide = part.partition(":")
         if not (self.root / relative).is_file():
             raise InputError(relative, "file", "not found in the data folder", "set GEARS_DATA to the folder that holds it")
         if relative not in self.files:
             verify(relative, self.root)
-            self.files[relative] = ad.read_h5ad(self.root / relative)
+            self.files[relative] = read_h5ad(self.root / relative)
         whole = self.files[relative]
         out = whole[(whole.obs["slide"] == slide).to_numpy()].copy() if slide else whole.copy()
         if out.n_obs == 0:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.config import GearsConfig, digest, from_dict, profile, to_dict
 from ..core.errors import GearsWarning, InputError
@@ -23,7 +24,7 @@ from ..data.preprocess import Preprocessor
 from ..data.registry import cache_root
 from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
-from ..encoder.model import SharedEncoder, build_encoder, context_features, encode, fit_encoder
+from ..encoder.model import SharedEncoder, context_features, encode, fit_encoder
 from .patchwise import Reconstruction, reconstruct
 from ..structure.fit import fit_ensemble
 from ..structure.protocol import GeometryModel, model_class
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['source_names', 'Reference', 'prepare_reference', 'Fitted', 'embed_table', 'train_all', 'write_result', 'Gears',
-           'describe_run', 'save_gears', 'load_gears']
+           'describe_run']
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #09440e3e
 def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
@@ -153,65 +154,75 @@ class Gears:
         "What gene matching and validation did with the reference."
         return self.fitted.report
 
-    def fit(self, slides: Sequence[AnnData], cells: AnnData | None = None, *, workdir: str | Path | None = None) -> Gears:
-        """Learn from `slides`: raw counts with `obsm['spatial']` in any unit, one AnnData per section.
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0fit1
+@patch
+def fit(self: Gears, slides: Sequence[AnnData], cells: AnnData | None = None, *, workdir: str | Path | None = None) -> Gears:
+    """Learn from `slides`: raw counts with `obsm['spatial']` in any unit, one AnnData per section.
 
-        `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `workdir`: where checkpoints go (default: a
-        cache folder named after data and settings, removed when done), so that the same call continues after a crash. Raises `InputError`.
-        """
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always", GearsWarning)
-            reference = prepare_reference(slides, cells, self.config)
-        said = _repeat(seen)
-        home = Path(workdir) if workdir else cache_root() / "fits" / content_digest(digest(self.config), *reference.slides)[:16]
-        self._fitted = train_all(reference, self.config, home)
-        self._fitted.report["warnings"] = said
-        if workdir is None:
-            shutil.rmtree(home, ignore_errors=True)
-        return self
+    `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `workdir`: where checkpoints go (default: a
+    cache folder named after data and settings, removed when done), so that the same call continues after a crash. Raises `InputError`.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", GearsWarning)
+        reference = prepare_reference(slides, cells, self.config)
+    said = _repeat(seen)
+    home = Path(workdir) if workdir else cache_root() / "fits" / content_digest(digest(self.config), *reference.slides)[:16]
+    self._fitted = train_all(reference, self.config, home)
+    self._fitted.report["warnings"] = said
+    if workdir is None:
+        shutil.rmtree(home, ignore_errors=True)
+    return self
 
-    def _matched(self, adata: AnnData) -> tuple[AnnData, Report, list[str]]:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always", GearsWarning)
-            clean, report = validate_cells(adata, "cells", counts=self.config.counts, drop_constant=False)
-            table = take_genes(clean, self.fitted.genes, self.fitted.vocabulary, "cells", fill_missing=True)
-        present = set(map(str, clean.var_names)) | set(map(str, clean.var.get("gene_ids", ())))
-        shared = int((np.asarray(table.X.sum(0)).ravel() > 0).sum()) if present else 0
-        if shared < min(self.config.min_genes, len(self.fitted.genes)):
-            raise InputError("cells", "var_names (genes)", f"{shared} of the model's {len(self.fitted.genes)} genes are expressed",
-                             "give cells of the same species and naming, or fit with cells= and a lower --min-genes")
-        return table, report, _repeat(seen)
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0emb1
+@patch
+def _matched(self: Gears, adata: AnnData) -> tuple[AnnData, Report, list[str]]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", GearsWarning)
+        clean, report = validate_cells(adata, "cells", counts=self.config.counts, drop_constant=False)
+        table = take_genes(clean, self.fitted.genes, self.fitted.vocabulary, "cells", fill_missing=True)
+    present = set(map(str, clean.var_names)) | set(map(str, clean.var.get("gene_ids", ())))
+    shared = int((np.asarray(table.X.sum(0)).ravel() > 0).sum()) if present else 0
+    if shared < min(self.config.min_genes, len(self.fitted.genes)):
+        raise InputError("cells", "var_names (genes)", f"{shared} of the model's {len(self.fitted.genes)} genes are expressed",
+                         "give cells of the same species and naming, or fit with cells= and a lower --min-genes")
+    return table, report, _repeat(seen)
 
-    def _embed(self, table: AnnData) -> np.ndarray:
-        H = embed_table(table, self.fitted.preprocessor, self.fitted.encoder, self.config)
-        if not self.config.encoder.adapter:
-            return H
-        sc, st = torch.from_numpy(H), torch.from_numpy(self.fitted.cloud)
-        adapter = SCAdapter(H.shape[1]).solve(sc, st)
-        finetune(adapter, sc, st, seed=self.config.seed)
-        return adapter(sc).detach().numpy()
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0emb2
+@patch
+def _embed(self: Gears, table: AnnData) -> np.ndarray:
+    H = embed_table(table, self.fitted.preprocessor, self.fitted.encoder, self.config)
+    if not self.config.encoder.adapter:
+        return H
+    sc, st = torch.from_numpy(H), torch.from_numpy(self.fitted.cloud)
+    adapter = SCAdapter(H.shape[1]).solve(sc, st)
+    finetune(adapter, sc, st, seed=self.config.seed)
+    return adapter(sc).detach().numpy()
 
-    def embed(self, adata: AnnData) -> AnnData:
-        "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without counts are NaN."
-        table, report, _ = self._matched(adata)
-        out = adata.copy()
-        out.obsm["H_gears"] = report.restore(self._embed(table))
-        return out
 
-    def reconstruct(self, adata: AnnData) -> AnnData:
-        """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection).
+@patch
+def embed(self: Gears, adata: AnnData) -> AnnData:
+    "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without counts are NaN."
+    table, report, _ = self._matched(adata)
+    out = adata.copy()
+    out.obsm["H_gears"] = report.restore(self._embed(table))
+    return out
 
-        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1]
-        and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). Raises `InputError` for unusable input.
-        """
-        table, report, said = self._matched(adata)
-        H = self._embed(table)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always", GearsWarning)
-            result = reconstruct(self.fitted.models, H, self.config.patches, self.config.solve, seed=self.config.seed,
-                                 progress=self.config.structure.train.progress)
-        about = describe_run(self.config, self.fitted.report, result, report, [*said, *_repeat(seen)])
-        return write_result(adata, result, H, report, about)
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0rec1
+@patch
+def reconstruct(self: Gears, adata: AnnData) -> AnnData:
+    """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection).
+
+    Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1]
+    and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). Raises `InputError` for unusable input.
+    """
+    table, report, said = self._matched(adata)
+    H = self._embed(table)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", GearsWarning)
+        result = reconstruct(self.fitted.models, H, self.config.patches, self.config.solve, seed=self.config.seed,
+                             progress=self.config.structure.train.progress)
+    about = describe_run(self.config, self.fitted.report, result, report, [*said, *_repeat(seen)])
+    return write_result(adata, result, H, report, about)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #5bb816c4
 def _repeat(seen: Sequence[warnings.WarningMessage]) -> list[str]:
@@ -237,22 +248,24 @@ def describe_run(config: GearsConfig, fit_report: Mapping[str, Any], result: Rec
     return {name: json.dumps(part) for name, part in parts.items()}
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-def save_gears(model: Gears, folder: str | Path) -> Path:
+@patch
+def save(self: Gears, folder: str | Path) -> Path:
     "Write a fitted `Gears` into `folder` (made if needed), atomically."
-    f, store = model.fitted, Store(Path(folder))
+    f, store = self.fitted, Store(Path(folder))
     tensors, meta = f.preprocessor.to_dict()
     parts = {f"prep/{k}": torch.as_tensor(v) for k, v in tensors.items()} | {"cloud": torch.from_numpy(f.cloud)}
     parts |= {f"encoder/{k}": v for k, v in f.encoder.state_dict().items()}
     for i, m in enumerate(f.models):
         parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
-    about = {"config": to_dict(model.config), "genes": list(f.genes), "vocabulary": f.vocabulary, "preprocessor": {k: list(v) if isinstance(v, tuple) else v for k, v in meta.items()},
+    about = {"config": to_dict(self.config), "genes": list(f.genes), "vocabulary": f.vocabulary, "preprocessor": {k: list(v) if isinstance(v, tuple) else v for k, v in meta.items()},
              "models": len(f.models), "report": f.report, "history": f.history, "format": 1}
     store.save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
     return Path(folder)
 
-
-def load_gears(folder: str | Path) -> Gears:
-    "Read what `save_gears` wrote. Raises `InputError` for a folder without a model, or a damaged one."
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0loa1
+@patch(cls_method=True)
+def load(cls: Gears, folder: str | Path) -> Gears:
+    "Read what `save` wrote. Raises `InputError` for a folder without a model, or a damaged one."
     store = Store(Path(folder))
     if not store.has("gears"):
         raise InputError(folder, "model", "holds no saved Gears", "give a folder written by Gears.save")
@@ -266,10 +279,7 @@ def load_gears(folder: str | Path) -> Gears:
     for i, m in enumerate(models):
         m.load_state_dict(under(f"model{i}"))
         m.eval()
-    out = Gears(config)
+    out = cls(config)
     out._fitted = Fitted(tuple(about["genes"]), about["vocabulary"], Preprocessor.from_dict(under("prep"), about["preprocessor"]), encoder.eval(), models,
                          parts["cloud"].numpy(), about["report"], about["history"])
     return out
-
-
-Gears.save, Gears.load = save_gears, staticmethod(load_gears)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from gears_nb.structure.protocol import GeometryModel
 
 # %% auto #0
-__all__ = ['LOCAL', 'ANCHORS', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence', 'Reconstruction',
-           'reconstruct']
+__all__ = ['LOCAL', 'ANCHORS', 'ISLAND', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',
+           'Reconstruction', 'reconstruct']
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #90d03a88
 @torch.no_grad()
@@ -164,6 +164,19 @@ def _describe(graph: CellGraph, patches: Patches, stitched: Stitched, solution: 
         "residuals": solution.residuals, "converged": solution.converged, "reason": solution.reason, "iterations": solution.iterations,
     }  # fmt: skip
 
+# %% ../../nbs/reconstruct/05_patchwise.ipynb #isl0code
+ISLAND = 0.05  # smallest share of the cells that makes a separate part worth refusing
+
+
+def _refuse_islands(graph: CellGraph, config: PatchConfig) -> None:
+    "Raise `InputError` if the graph falls into parts of at least `ISLAND` of the cells each, unless the configuration allows it."
+    size = np.bincount(graph.islands)
+    large = size[size >= ISLAND * len(graph)]
+    if len(large) > 1 and not config.allow_islands:
+        parts = ", ".join(map(str, large[:5]))
+        raise InputError("cells", "graph over embeddings", f"is disconnected, parts of {parts} cells share no neighbours",
+                         "reconstruct the parts one by one, raise patches.k_graph, or go on with patches.allow_islands=true")
+
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #4e0b9c02
 def _start_landmarks(patches: Patches, limit: int) -> np.ndarray:
     "Cells that start the solve: the shared landmarks, or with a single patch any cells, at most `limit`."
@@ -184,6 +197,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     order = content_order(H)
     H = H[order]
     graph = build_graph(H, patches.k_graph, patches.jaccard, seed=seed)
+    _refuse_islands(graph, patches)
     clock("graph")
     cover = sample_patches(graph, H, size=patches.size, landmarks=patches.landmarks, overlap=patches.overlap, seed=seed)
     clock("patches")
