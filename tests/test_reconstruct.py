@@ -25,7 +25,7 @@ from gears_nb.reconstruct.solve import canonical, classical_mds, huber_solve, la
 from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
 from gears_nb.structure.protocol import Geometry, GeometryModel
 
-PATCHES = PatchConfig(size=96, landmarks=24, k_graph=12, batch=16)
+PATCHES = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=16)
 SOLVE = SolveConfig(iterations=200, landmarks=64, even=0)
 
 
@@ -124,7 +124,7 @@ def test_subtracting_noise_brings_neighbours_back(cells):
 
 def test_outlier_patch_is_silenced(cells):
     H, truth = cells
-    single = PatchConfig(size=96, landmarks=24, k_graph=12, batch=1)
+    single = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=1)
     result = reconstruct(Oracle(0.02, spoil=4), H, single, SOLVE)
     clean = reconstruct(Oracle(0.02), H, single, SOLVE)
     assert result.diagnostics["unreliable_patches"] == 1
@@ -297,7 +297,7 @@ def test_bad_input_is_refused(cells):
     with pytest.raises(InputError, match="4 finite rows"):
         reconstruct(Oracle(), np.full((50, 4), np.nan), PATCHES, SOLVE)
     with pytest.raises(InputError, match="landmarks"):
-        reconstruct(Oracle(), H, PatchConfig(size=32, landmarks=30), SOLVE)
+        reconstruct(Oracle(), H, PatchConfig(size=32, landmarks=30, allow_islands=False), SOLVE)
 
 
 def test_memory_estimate_is_linear():

@@ -178,10 +178,10 @@ class PatchConfig(Section):
 
     size: int  # cells per patch
     landmarks: int  # cells shared between neighbouring patches
+    allow_islands: bool  # go on although the graph over H falls apart; where the parts lie to each other is then a guess
     overlap: int = 3  # patches that should cover a cell
     k_graph: int = 20  # neighbours in the graph over H
     jaccard: float = 0.05  # smallest neighbourhood overlap of an edge
-    allow_islands: bool = False  # go on although the graph over H falls apart; where the parts lie to each other is then a guess
     batch: int = 8  # patches per forward pass
 
 
@@ -232,6 +232,7 @@ TABLE: dict[str, tuple[Any, Any, Any]] = {
     "structure.train.lr":           (1e-3,    1e-3,       3e-4),
     "structure.members":            (1,       2,          5),
     "patches.size":                 (64,      256,        384),
+    "patches.allow_islands":        (True,    False,      False),
     "patches.landmarks":            (16,      64,         96),
     "solve.iterations":             (50,      300,        1000),
     "solve.landmarks":              (32,      256,        512),

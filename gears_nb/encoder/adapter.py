@@ -33,7 +33,8 @@ def mmd(A: Tensor, B: Tensor, scales: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Te
     "Biased squared MMD of `A` `(n, d)` and `B` `(m, d)`; Gaussian kernels at multiples of the median squared distance. Cost O((n + m)^2)."
     Z = torch.cat([A, B])
     D = torch.cdist(Z, Z).square()
-    D = D / D.detach()[D > 0].median().clamp(min=1e-12)
+    apart = D.detach()[D > 0]
+    D = D / (apart.median() if len(apart) else 1.0)
     K = sum(torch.exp(-D / s) for s in scales) / len(scales)
     n = len(A)
     return K[:n, :n].mean() + K[n:, n:].mean() - 2 * K[:n, n:].mean()

@@ -99,7 +99,9 @@ class Slide:
         "Features of `size` anchors and of one neighbour of each, and the `far` mask of the anchors."
         a = torch.randperm(len(self.U), generator=rng)[:size]
         p = self.near[a, torch.randint(self.near.shape[1], (len(a),), generator=rng)]
-        return {"anchor": self.U[a], "positive": self.U[p], "far": far_pairs(self.coords[a], self.radius)}
+        touching = (self.near[a][:, :, None] == a).any(1)  # in sparse regions a neighbour may lie beyond the radius
+        far = far_pairs(self.coords[a], self.radius) & ~(touching | touching.T)
+        return {"anchor": self.U[a], "positive": self.U[p], "far": far}
 
 # %% ../../nbs/encoder/02_model.ipynb #639a655a
 def encoder_loss(model: SharedEncoder, batch: dict[str, Tensor], config: EncoderConfig, rng: torch.Generator) -> dict[str, Tensor]:

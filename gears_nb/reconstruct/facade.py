@@ -25,7 +25,7 @@ from ..data.registry import cache_root
 from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.model import SharedEncoder, context_features, encode, fit_encoder
-from .patchwise import Reconstruction, reconstruct
+from .patchwise import Reconstruction, content_order, reconstruct
 from ..structure.fit import fit_ensemble
 from ..structure.protocol import GeometryModel, model_class
 
@@ -63,7 +63,7 @@ def prepare_reference(slides: Sequence[AnnData], cells: AnnData | None, config: 
     checked = [validate_slide(s, n, counts=config.counts, min_spots=config.structure.miniset) for s, n in zip(slides, names)]
     tables, reports = [t for t, _ in checked], [r for _, r in checked]
     if cells is not None:
-        table, report = validate_cells(cells, "cells", counts=config.counts)
+        table, report = validate_cells(cells, "cells", counts=config.counts, drop_constant=False)  # its values must not choose genes
         names, tables, reports = [*names, "cells"], [*tables, table], [*reports, report]
     match = match_genes(tables, names, config.min_genes)
     return Reference([match.apply(t, n) for t, n in zip(tables[: len(slides)], names)], match, reports)
@@ -98,7 +98,7 @@ def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> F
     prep = Preprocessor.fit(reference.slides, n_hvg=config.n_hvg, counts=config.counts, slide_key=None)
     features = [_features(s, prep, config) for s in reference.slides]
     coords = [np.asarray(s.obsm["spatial"], dtype=np.float32) for s in reference.slides]
-    tag = content_digest(*features, *coords)
+    tag = content_digest(digest(config), *features, *coords)
     encoder, learned = fit_encoder(features, coords, config.encoder, seed=config.seed, checkpoint=checkpoints / "encoder", tag=tag)
     H = [encode(encoder, u) for u in features]
     del features
@@ -191,11 +191,11 @@ def _matched(self: Gears, adata: AnnData) -> tuple[AnnData, Report, list[str]]:
 @patch
 def _embed(self: Gears, table: AnnData) -> np.ndarray:
     H = embed_table(table, self.fitted.preprocessor, self.fitted.encoder, self.config)
-    if not self.config.encoder.adapter:
+    if not self.config.encoder.adapter or len(H) < 2:  # one cell has no covariance
         return H
     sc, st = torch.from_numpy(H), torch.from_numpy(self.fitted.cloud)
     adapter = SCAdapter(H.shape[1]).solve(sc, st)
-    finetune(adapter, sc, st, seed=self.config.seed)
+    finetune(adapter, sc[torch.from_numpy(content_order(H))], st, seed=self.config.seed)  # the order of rows must not matter
     return adapter(sc).detach().numpy()
 
 
@@ -270,6 +270,17 @@ def load(cls: Gears, folder: str | Path) -> Gears:
     if not store.has("gears"):
         raise InputError(folder, "model", "holds no saved Gears", "give a folder written by Gears.save")
     parts, about = store.load("gears")
+    try:
+        return _rebuild(cls, parts, about)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(folder, "gears.json", f"does not fit its tensors ({type(error).__name__}: {str(error).splitlines()[0][:120]})",
+                         "restore the folder as Gears.save wrote it") from error
+
+
+def _rebuild(cls: type[Gears], parts: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> Gears:
+    "A fitted `Gears` from tensors and record."
     under = lambda name: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{name}/")}
     config = from_dict(about["config"])
     state = under("encoder")
