@@ -25,7 +25,8 @@ from ..data.registry import cache_root
 from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.model import SharedEncoder, context_features, encode, fit_encoder
-from .patchwise import Reconstruction, content_order, reconstruct
+from .patchwise import Reconstruction, content_order
+from .patchwise import reconstruct as lay_out
 from ..structure.fit import fit_ensemble
 from ..structure.protocol import GeometryModel, model_class
 
@@ -219,7 +220,7 @@ def reconstruct(self: Gears, adata: AnnData) -> AnnData:
     H = self._embed(table)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", GearsWarning)
-        result = reconstruct(self.fitted.models, H, self.config.patches, self.config.solve, seed=self.config.seed,
+        result = lay_out(self.fitted.models, H, self.config.patches, self.config.solve, seed=self.config.seed,
                              progress=self.config.structure.train.progress)
     about = describe_run(self.config, self.fitted.report, result, report, [*said, *_repeat(seen)])
     return write_result(adata, result, H, report, about)
