@@ -64,8 +64,8 @@ def prepare_reference(slides: Sequence[AnnData], cells: AnnData | None, config: 
     checked = [validate_slide(s, n, counts=config.counts, min_spots=config.structure.miniset) for s, n in zip(slides, names)]
     tables, reports = [t for t, _ in checked], [r for _, r in checked]
     if cells is not None:
-        table, report = validate_cells(cells, "cells", counts=config.counts, drop_constant=False)  # its values must not choose genes
-        names, tables, reports = [*names, "cells"], [*tables, table], [*reports, report]
+        report = validate_cells(cells, "cells", counts=config.counts)[1]  # warns; its values must not choose genes, so names are matched as given
+        names, tables, reports = [*names, "cells"], [*tables, cells], [*reports, report]
     match = match_genes(tables, names, config.min_genes)
     return Reference([match.apply(t, n) for t, n in zip(tables[: len(slides)], names)], match, reports)
 
