@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+    os.environ[variable] = "1"  # for child processes
 
 import matplotlib
 
@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 
 torch.set_num_threads(1)
+LIMIT = threadpool_limits(1)  # numpy may have been imported, with more threads, before this file was read
 settings.register_profile("tiny", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.load_profile("tiny")
 
