@@ -9,7 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 RUFF_FLAGS := --line-length 140 --target-version py310 --select E4,E7,E9,F,B,UP --ignore E402,E701,E702,E731,E741,F403,F405,B905,B008
 
-export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+# the tensors are small: one thread is fastest, and two threads that wait for a busy core are very slow
+export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 
 .PHONY: help install demo test lab lint export export-check readme clean

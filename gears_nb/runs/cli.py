@@ -194,6 +194,7 @@ def _say_warning(message: Warning | str, category: type[Warning], filename: str,
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `gears`; returns the exit code (0, 1, 2 or 130, see above). GEARS_DEBUG=1 shows tracebacks."""
     warnings.showwarning = _say_warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread mostly waits, and on a busy machine for long
     command = "gears"
     try:
         parser = build_parser()
