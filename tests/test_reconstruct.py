@@ -179,12 +179,22 @@ def test_disconnected_graph_warns_and_is_bridged():
         graph = build_graph(H, 10)
     assert graph.n_islands == 2 and np.bincount(graph.islands).tolist() == [180, 120]
     assert connected_components(graph.adjacency)[0] == 1
-    with pytest.raises(InputError, match="disconnected, parts of 180, 120 cells.*allow_islands"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", GearsWarning)
-        result = reconstruct(Oracle(), H, PATCHES, SOLVE)
     with pytest.warns(GearsWarning, match="islands"):
-        result = reconstruct(Oracle(), H, dataclasses.replace(PATCHES, allow_islands=True), SOLVE)
+        result = reconstruct(Oracle(), H, PATCHES, SOLVE)
     assert result.diagnostics["islands"] == [180, 120] and np.isfinite(result.X).all()
+
+
+def test_a_graph_without_a_main_part_is_refused():
+    H, _ = tissue(300)
+    far = np.zeros((300, 12), np.float32)
+    for part in range(3):
+        far[100 * part : 100 * part + 100, 4 * part : 4 * part + 4] = 30
+    H = np.concatenate([H, far], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GearsWarning)
+        with pytest.raises(InputError, match="disconnected, parts of 100, 100, 100 cells.*allow_islands"):
+            reconstruct(Oracle(), H, PATCHES, SOLVE)
+        assert np.isfinite(reconstruct(Oracle(), H, dataclasses.replace(PATCHES, allow_islands=True), SOLVE).X).all()
 
 
 def test_connected_graph_does_not_warn(cells):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gears_nb.structure.protocol import GeometryModel
 
 # %% auto #0
-__all__ = ['LOCAL', 'ANCHORS', 'ISLAND', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',
+__all__ = ['LOCAL', 'ANCHORS', 'MAJORITY', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',
            'Reconstruction', 'reconstruct']
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #90d03a88
@@ -165,15 +165,14 @@ def _describe(graph: CellGraph, patches: Patches, stitched: Stitched, solution: 
     }  # fmt: skip
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #isl0code
-ISLAND = 0.05  # smallest share of the cells that makes a separate part worth refusing
+MAJORITY = 0.5  # share of the cells that one part must hold
 
 
 def _refuse_islands(graph: CellGraph, config: PatchConfig) -> None:
-    "Raise `InputError` if the graph falls into parts of at least `ISLAND` of the cells each, unless the configuration allows it."
+    "Raise `InputError` if no part of the graph holds `MAJORITY` of the cells, unless the configuration allows it."
     size = np.bincount(graph.islands)
-    large = size[size >= ISLAND * len(graph)]
-    if len(large) > 1 and not config.allow_islands:
-        parts = ", ".join(map(str, large[:5]))
+    if size.max() < MAJORITY * len(graph) and not config.allow_islands:
+        parts = ", ".join(map(str, size[:5]))
         raise InputError("cells", "graph over embeddings", f"is disconnected, parts of {parts} cells share no neighbours",
                          "reconstruct the parts one by one, raise patches.k_graph, or go on with patches.allow_islands=true")
 
