@@ -176,6 +176,16 @@ def test_evaluate_matches_barcodes(files, capsys):
     assert "spearman" in capsys.readouterr().out
 
 
+def test_evaluate_takes_one_section_of_the_truth(files, capsys):
+    two = ad.concat([ad.read_h5ad(files / "a.h5ad"), ad.read_h5ad(files / "b.h5ad")], keys=["one", "two"], index_unique="-", label="slide")
+    two.write_h5ad(files / "two.h5ad")
+    one = two[two.obs["slide"] == "one"].copy()
+    one.write_h5ad(files / "one.h5ad")
+    assert main(["evaluate", str(files / "one.h5ad"), f"{files / 'two.h5ad'}#one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unmatched"] == 0
+    refused(capsys, files, lambda: main(["evaluate", str(files / "one.h5ad"), f"{files / 'two.h5ad'}#three"]), "two.h5ad")
+
+
 def test_evaluate_refuses(files, capsys):
     refused(capsys, files, lambda: main(["evaluate", str(files / "q.h5ad"), str(files / "a.h5ad")]), "q.h5ad", "barcodes")
     refused(capsys, files, lambda: main(["evaluate", str(files / "none.h5ad"), str(files / "a.h5ad")]), "none.h5ad")

@@ -184,13 +184,15 @@ def _positions(adata: AnnData, source: str, keys: Sequence[str]) -> np.ndarray:
 
 
 def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0) -> dict[str, Any]:
-    """The metrics of `benchmark.metrics.score` for two .h5ad files matched by barcode, with `cells` (compared) and
+    """The metrics of `benchmark.metrics.score` for two .h5ad files matched by barcode (`truth` may be `FILE#SECTION`), with `cells` (compared) and
     `unmatched` (in one file only). Raises `InputError` when fewer than ten barcodes are in common."""
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
     from gears_nb.benchmark.metrics import score
     from gears_nb.core.results import plain
-    from gears_nb.data.io import read_h5ad
-    ours, true = read_h5ad(Path(prediction)), read_h5ad(Path(truth))
+    from gears_nb.data.io import parse_source, read_h5ad, take_sample
+    ours, (name, section) = read_h5ad(Path(prediction)), parse_source(truth, None)
+    true = read_h5ad(Path(name))
+    true = true if section is None else take_sample(true, section, name)
     for table, source in ((ours, prediction), (true, truth)):
         if not table.obs_names.is_unique:
             raise InputError(str(source), "obs_names (barcodes)", "are not unique", "make them unique in both files")
