@@ -1,6 +1,8 @@
 """Every notebook is a test; the package is what the notebooks export; notebooks stay readable."""
 import filecmp
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -25,16 +27,31 @@ def exported(source):
     return any(re.match(r"#\|\s*export", line) for line in source.splitlines())
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_runs(path, monkeypatch):
+def run_alone(path):
+    """Run a notebook in this process, which ends with it: exit status 0 if it passed."""
     import matplotlib
     from nbdev.test import test_nb
+    matplotlib.rcdefaults()
+    os.chdir(path.parent)
+    passed, _ = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(not passed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="notebooks are run in forked processes")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_runs(path, monkeypatch):
+    """A fork keeps what a notebook changes (registries, figure style) to itself, without importing torch 50 times."""
     monkeypatch.setenv("IN_TEST", "1")
-    monkeypatch.chdir(path.parent)
-    with matplotlib.rc_context():           # notebooks share this process, but not their figure style
-        passed, seconds = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
-    assert passed, f"{name(path)} failed; its error is printed above"
-    assert seconds < 180, f"{name(path)} took {seconds:.0f} s, notebooks should take less than 20"
+    child = multiprocessing.get_context("fork").Process(target=run_alone, args=(path,))
+    child.start()
+    child.join(180)
+    late = child.is_alive()
+    child.kill()
+    child.join()
+    assert not late, f"{name(path)} took more than 180 s, notebooks should take less than 20"
+    assert child.exitcode == 0, f"{name(path)} failed; its error is printed above"
 
 
 def test_export_leaves_no_diff(tmp_path):

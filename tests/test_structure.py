@@ -39,7 +39,7 @@ from gears_nb.structure.protocol import (
     mean_energy,
     model_class,
 )
-from gears_nb.targets.families import build_targets
+from gears_nb.targets.builder import build_targets
 
 CONFIG = profile("toy", **{"structure.k_cand": 20, "structure.recycles": 3}).structure
 

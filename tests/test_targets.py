@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gears_nb.core.errors import InputError
 from gears_nb.core.gauge import gauge_fix
 from gears_nb.targets.energy import energy, js_rows, kl_rows, stress, walk_divergence
-from gears_nb.targets.families import (
+from gears_nb.targets.builder import (
     adaptive_k,
     adaptive_landmarks,
     adaptive_steps,

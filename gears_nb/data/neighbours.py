@@ -14,7 +14,8 @@ from ..core.seeding import np_rng
 from .preprocess import smooth_expression, unit_rows
 
 # %% auto #0
-__all__ = ['EXACT_BELOW', 'smallest', 'squared_distances_to', 'nearest_centre', 'knn', 'compressed', 'average_neighbours']
+__all__ = ['EXACT_BELOW', 'smallest', 'squared_distances_to', 'nearest_centre', 'knn', 'compressed', 'average_neighbours',
+           'neighbour_recall']
 
 # %% ../../nbs/data/09_neighbours.ipynb #f5b67a95
 def smallest(D2: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,3 +108,17 @@ def average_neighbours(X: np.ndarray, k: int) -> np.ndarray:
     rows = np.concatenate([np.arange(len(X), dtype=index.dtype)[:, None], index], axis=1)
     A = sp.csr_matrix((np.full(rows.size, 1 / (k + 1), np.float32), rows.ravel(), np.arange(0, rows.size + 1, k + 1)), (len(X), len(X)))
     return A @ X
+
+# %% ../../nbs/data/09_neighbours.ipynb #a0c1d2e4
+def neighbour_recall(pred: np.ndarray, true: np.ndarray, k: int = 15, ties: float = 1e-6) -> float:
+    """Share of the `k` nearest rows of `pred` (n, a) that are also within reach of the `k` nearest of `true` (n, b); 1 is perfect, k/(n-1) is chance.
+
+    Euclidean (normalise rows for cosine); `ties` is the relative slack on the k-th true distance. Trees in few dimensions, brute force in many."""
+    from sklearn.neighbors import NearestNeighbors
+
+    pred, true = np.asarray(pred, np.float64), np.asarray(true, np.float64)
+    k = min(k, len(true) - 1)
+    reach = NearestNeighbors(n_neighbors=k).fit(true).kneighbors()[0][:, -1]
+    found = NearestNeighbors(n_neighbors=k).fit(pred).kneighbors(return_distance=False)
+    apart = np.linalg.norm(true[found] - true[:, None], axis=-1)
+    return float((apart <= reach[:, None] * (1 + ties)).mean())

@@ -22,7 +22,7 @@ from ..core.training import History, train
 from ..data.minisets import miniset_indices
 from .ipa import D7, gate_loss, guess_loss
 from .protocol import Batch, GeometryModel, geometry_loss, mean_energy, model_class
-from ..targets.families import build_targets
+from ..targets.builder import build_targets
 
 # %% auto #0
 __all__ = ['Reference', 'Epoch', 'guess_batches', 'target_batches', 'phases', 'fit_member', 'fit_ensemble']

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..targets.energy import kl_rows, masked_mean
-from ..targets.families import GeoTargets
+from ..targets.builder import GeoTargets
 
 # %% auto #0
 __all__ = ['candidate_mask', 'oracle_edges', 'GateLogits', 'EdgeGateSoft', 'gate_kl', 'random_support']

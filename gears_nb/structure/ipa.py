@@ -18,7 +18,7 @@ from ..core.seeding import rand, randn
 from .gate import EdgeGateSoft, GateLogits, candidate_mask, gate_kl
 from .protocol import Batch, Geometry, GeometryModel, register
 from ..targets.energy import energy, masked_mean, stress
-from ..targets.families import GeoTargets, squared_distances
+from ..targets.builder import GeoTargets, squared_distances
 
 # %% auto #0
 __all__ = ['coordinate_update', 'RecycleBlock', 'dropout', 'augment', 'drop_edges', 'repulsion', 'entropy_deficit', 'rw_weight',

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix, rms
 from ..targets.energy import energy
-from ..targets.families import GeoTargets
+from ..targets.builder import GeoTargets
 
 # %% auto #0
 __all__ = ['MODELS', 'Batch', 'Geometry', 'GeometryModel', 'register', 'model_class', 'geometry_loss', 'mean_energy',

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix
-from .families import GeoTargets, log_random_walk, log_support, walk_powers
+from .builder import GeoTargets, log_random_walk, log_support, walk_powers
 
 # %% auto #0
 __all__ = ['StressForm', 'SOFT_LENGTH', 'FLOOR', 'edge_lengths', 'masked_mean', 'stress', 'kl_rows', 'js_rows', 'walk_divergence',
