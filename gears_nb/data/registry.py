@@ -19,6 +19,7 @@ import numpy as np
 
 import gears_nb
 from ..core.errors import GearsWarning, InputError
+from ..core.results import repo_root
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
 from .io import read_h5ad
@@ -33,8 +34,10 @@ __all__ = ['CHECKSUMS', 'PROTOCOLS', 'DATASETS', 'SIMULATED', 'data_root', 'cach
 
 # %% ../../nbs/data/08_registry.ipynb #d0580c1f
 def _repo_root() -> Path | None:
-    root = Path(gears_nb.__file__).resolve().parents[1]
-    return root if (root / "settings.ini").is_file() else None
+    try:
+        return repo_root(gears_nb.__file__)
+    except InputError:
+        return None
 
 
 def data_root() -> Path | None:
