@@ -17,7 +17,9 @@ from gears_nb.targets.builder import (
     hashed_uniform,
     log_random_walk,
     log_support,
+    miniset_rows,
     pack_edges,
+    slide_neighbours,
 )
 
 FORMS = ("log", "ratio", "sigma")
@@ -47,6 +49,120 @@ def test_walk_equals_plain_loops():
     targets = build_targets(X, k=6)
     assert torch.allclose(targets.rw_transitions[1][0], torch.tensor(T, dtype=torch.float64), atol=1e-7)
     assert torch.allclose(targets.sigma_local[0], torch.tensor(sigma, dtype=torch.float64), atol=1e-12)
+
+
+def test_edges_equal_plain_loops():
+    X, n, k, m = cloud(70, seed=3), 70, 20, 8
+    Y, u = gauge_fix(X).tolist(), hashed_uniform(torch.zeros(1, dtype=torch.long), n, 8)[0].tolist()
+    order = [sorted((j for j in range(n) if j != i), key=lambda j: math.dist(Y[i], Y[j])) for i in range(n)]
+    marks = [max(range(n), key=lambda i: math.hypot(*Y[i]))]
+    while len(marks) < m:
+        marks.append(max(range(n), key=lambda i: min(math.dist(Y[i], Y[j]) for j in marks)))
+    pairs = {(min(i, j), max(i, j)) for i in range(n) for j in order[i][:k] + marks if i != j}
+    for i in range(n):
+        pairs |= {(min(i, j), max(i, j)) for j in (order[i][k + int(v * min(2 * k, n - 1 - k))] for v in u[i])}
+    t = build_targets(X)
+    assert t.landmarks[0].tolist() == marks and t.multiscale_edges[0].tolist() == [list(e) for e in sorted(pairs)]
+    assert torch.allclose(t.ref_distances[0], torch.tensor([math.dist(Y[i], Y[j]) for i, j in sorted(pairs)]).double(), atol=1e-6)
+
+
+def lattice(rows: int, columns: int) -> torch.Tensor:
+    return torch.cartesian_prod(torch.arange(float(rows)), torch.arange(float(columns))).double()
+
+
+def same_targets(a, b, atol: float = 0.0) -> bool:
+    "Whether two batches of targets agree wherever they are valid."
+    exact = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("knn_mask", "multiscale_edges", "edge_mask", "landmarks", "k"))
+    lists = torch.equal(a.knn_edges[a.knn_mask], b.knn_edges[b.knn_mask])
+    close = [(a.sigma_local, b.sigma_local), (a.ref_distances, b.ref_distances), *((a.rw_transitions[s], b.rw_transitions[s]) for s in a.rw_transitions)]
+    return exact and lists and all(torch.allclose(x, y, rtol=0, atol=atol) for x, y in close)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("angle", [0.3, 1.1, 2.9])
+def test_ties_on_a_lattice_do_not_see_the_gauge(dtype, atol, angle):
+    X = lattice(14, 11) * torch.tensor([1.0, 3**0.5 / 2]).double()
+    c, s = math.cos(angle), math.sin(angle)
+    moved = 0.5 * X @ torch.tensor([[c, s], [s, -c]], dtype=X.dtype) - 3
+    assert same_targets(build_targets(X.to(dtype)), build_targets(moved.to(dtype)), atol)
+
+
+@pytest.mark.parametrize("slide", [cloud(150, seed=4), lattice(12, 11)], ids=["scattered", "lattice"])
+@pytest.mark.parametrize("K", [5, 22, 60])
+def test_slide_list_of_the_whole_slide_changes_nothing(slide, K):
+    rows = miniset_rows(slide_neighbours(slide, K), torch.arange(len(slide))[None])
+    assert (rows >= 0).all() and same_targets(build_targets(slide, slide_knn=rows), build_targets(slide))
+
+
+@pytest.mark.parametrize("K", [5, 40, 200])
+def test_euclidean_slide_list_changes_no_sparse_miniset(K):
+    slide = cloud(600, seed=5)
+    index = torch.stack([torch.randperm(600, generator=seeded(s))[:100] for s in range(3)])
+    rows = miniset_rows(slide_neighbours(slide, K), index)
+    assert 0 < (rows >= 0).double().mean() < 0.3
+    assert same_targets(build_targets(slide[index], slide_knn=rows), build_targets(slide[index]))
+
+
+def test_slide_neighbours_equal_brute_force():
+    X = cloud(90, seed=6)
+    d = torch.cdist(X, X).fill_diagonal_(torch.inf)
+    assert torch.equal(slide_neighbours(X, 12), d.argsort(1)[:, :12])
+    assert slide_neighbours(X[:4], 12).shape == (4, 3)
+    doubled = torch.cat([X, X])  # a twin at distance zero comes first, the spot itself never
+    assert torch.equal(slide_neighbours(doubled, 1)[:, 0], (torch.arange(180) + 90) % 180)
+
+
+def test_rows_of_a_miniset_by_hand():
+    lists = torch.tensor([[1, 2], [3, -1], [0, 4], [4, 2], [3, 0]])
+    index, mask = torch.tensor([[4, 0, 3], [2, 1, 0]]), torch.tensor([[True, True, True], [True, True, False]])
+    assert miniset_rows(lists, index, mask).tolist() == [[[2, 1], [-1, -1], [0, -1]], [[-1, -1], [-1, -1], [-1, -1]]]
+
+
+def test_slide_neighbours_come_first_and_gaps_are_filled():
+    X, lists = cloud(40, seed=7), torch.full((1, 40, 4), -1)
+    far = torch.cdist(X, X).argsort(1, descending=True)
+    lists[0, 3], lists[0, 8] = torch.tensor([far[3, 0], -1, far[3, 1], 3]), torch.tensor([-1, -1, -1, far[8, 0]])  # 3 itself is no neighbour
+    full, sparse, own = build_targets(X, k=6, slide_knn=lists), build_targets(X, k=6, slide_knn=lists, fill=1), build_targets(X, k=6)
+    assert full.knn_edges[0, 3].tolist() == [*far[3, :2].tolist(), *own.knn_edges[0, 3, :4].tolist()]
+    assert full.knn_edges[0, 8].tolist() == [far[8, 0].item(), *own.knn_edges[0, 8, :5].tolist()]
+    others = torch.tensor([i not in (3, 8) for i in range(40)])
+    assert full.knn_mask.all() and torch.equal(full.knn_edges[0, others], own.knn_edges[0, others])
+    assert sparse.knn_mask[0].sum(1).tolist() == [2 if i == 3 else 1 for i in range(40)]
+    Y = gauge_fix(X)
+    assert torch.allclose(sparse.sigma_local[0, 3], (Y[3] - Y[far[3, 0]]).norm(), atol=1e-12)
+    assert torch.allclose(sparse.rw_transitions[1][0].sum(1), torch.ones(40).double(), atol=1e-12)
+    assert energy(X, sparse).total.item() < 1e-12
+
+
+@pytest.mark.parametrize("fill", [None, 3])
+def test_padded_batch_with_slide_lists_equals_single_minisets(fill):
+    slide = cloud(400, seed=8)
+    folded = torch.stack([slide[:, 0], 5 * slide[:, 1].sign()], 1) + 0.1 * slide  # another geometry than the miniset's
+    lists, sizes = slide_neighbours(folded, 30), (60, 90)
+    index = torch.stack([torch.randperm(400, generator=seeded(s))[:90] for s in range(2)])
+    mask = torch.arange(90) < torch.tensor(sizes)[:, None]
+    both = build_targets(slide[index], mask, rng=seeded(1), slide_knn=miniset_rows(lists, index, mask), fill=fill)
+    rng, own = seeded(1), build_targets(slide[index], mask, rng=seeded(1))
+    assert not torch.equal(both.knn_edges[both.knn_mask], own.knn_edges[own.knn_mask])
+    for b, n in enumerate(sizes):
+        alone = index[b : b + 1, :n]
+        one = build_targets(slide[alone], rng=rng, slide_knn=miniset_rows(lists, alone), fill=fill)
+        assert torch.equal(both.knn_edges[b, :n][both.knn_mask[b, :n]], one.knn_edges[one.knn_mask])
+        assert torch.equal(both.multiscale_edges[b][both.edge_mask[b]], one.multiscale_edges[0])
+        assert torch.allclose(both.sigma_local[b, :n], one.sigma_local[0], atol=1e-12)
+        assert torch.allclose(both.rw_transitions[3][b, :n, :n], one.rw_transitions[3][0], atol=1e-12)
+
+
+@pytest.mark.parametrize("extra, message", [
+    ({"slide_knn": torch.zeros(1, 8, 2, dtype=torch.long)}, "shape .1, 8, 2."),
+    ({"slide_knn": torch.full((1, 9, 2), 9)}, "largest row 9"),
+    ({"slide_knn": torch.zeros(1, 9, 2, dtype=torch.long), "fill": 0}, "at least one neighbour"),
+    ({"fill": 3}, "give slide_knn"),
+])
+def test_bad_slide_lists_are_refused(extra, message):
+    with pytest.raises(InputError, match=message) as error:
+        build_targets(cloud(9), **extra)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("n", [60, 150, 300])

@@ -59,10 +59,7 @@ FLOOR = 1e-12  # smallest probability whose logarithm is taken
 
 def kl_rows(P: Tensor, log_Q: Tensor) -> Tensor:
     "KL(P || Q) of each row; `P` are probabilities, `log_Q` log-probabilities; zeros of `P` contribute nothing."
-    on = P > 0
-    zero = torch.zeros((), dtype=P.dtype, device=P.device)
-    log_ratio = P.clamp(min=FLOOR).log() - torch.where(on, log_Q, zero)
-    return (P * torch.where(on, log_ratio, zero)).sum(-1)
+    return (P * (P.clamp(min=FLOOR).log() - log_Q.masked_fill(P == 0, 0.0))).sum(-1)
 
 
 def js_rows(P: Tensor, Q: Tensor) -> Tensor:
@@ -73,10 +70,10 @@ def js_rows(P: Tensor, Q: Tensor) -> Tensor:
 # %% ../../nbs/targets/02_energy.ipynb #938b19b1
 def walk_divergence(X: Tensor, targets: GeoTargets, divergence: Literal["kl", "js"] = "kl") -> Tensor:
     "`L_RW` `(B,)` of geometry `X` as it is, on the reference neighbours with the frozen bandwidths."
-    log_S = log_support(targets.knn_edges, targets.knn_mask, targets.mask)
+    log_S = log_support(targets.knn_edges, targets.knn_mask, targets.mask, X.dtype)
     log_T = log_random_walk(X, log_S, targets.sigma_local.to(X.dtype))
     total = X.new_zeros(len(X))
-    for s, Q in walk_powers(log_T.exp(), max(targets.rw_transitions)).items():
+    for s, Q in walk_powers(log_T.softmax(-1), max(targets.rw_transitions)).items():
         P = targets.rw_transitions[s].to(X.dtype)
         if divergence == "js":
             rows = js_rows(P, Q)
