@@ -39,6 +39,7 @@ _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
+  gears diagnose --slides A.h5ad B.h5ad --report D.html   what is wrong with these slides, and what to do
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -69,6 +70,20 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bars")
 
 
+def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears diagnose` takes."""
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="SLIDE", help="slides with positions and raw counts; one file may hold several (obs['slide'])")
+    add("--cells", metavar="CELLS", help="dissociated cells, compared with the slides")
+    add("--report", metavar="OUT.html", help="also write a self-contained page with charts and all numbers")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default), paper")
+    add("--seed", type=int, default=0, help="same seed, same data: same findings (default 0)")
+    add("--min-genes", type=int, default=50, metavar="N", help="refuse with fewer than N shared genes (default 50)")
+    add("--no-training", action="store_true", help="skip the two hypotheses that train encoders (H4, H6)")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears run` takes."""
     add = parser.add_argument
@@ -96,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("prediction", metavar="PRED"), evaluate.add_argument("truth", metavar="TRUTH")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.add_argument("--seed", type=int, default=0, help="which cells are compared when there are very many")
+    _diagnose_arguments(add("diagnose", "six hypotheses and plain checks on your own slides, each with what to do",
+                            "example\n  gears diagnose --slides st1.h5ad st2.h5ad --cells sc.h5ad --report diagnosis.html"))
     add("list", "notebooks by chapter, with their parameters")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
@@ -130,6 +147,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../../nbs/runs/05_cli.ipynb #fee5382f
+def _diagnose(args: argparse.Namespace) -> int:
+    from gears_nb.runs.diagnose_report import diagnose_files
+    found = diagnose_files(args.slides, args.cells, args.report, seed=args.seed, profile=args.profile, min_genes=args.min_genes,
+                           training=not args.no_training, progress=not args.quiet)
+    if args.json:
+        import json
+        print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+    else:
+        print(found.text() + (f"\nreport: {args.report}" if args.report else ""))
+    return 0
+
+
 def _list(args: argparse.Namespace) -> int:
     from gears_nb.runs.runner import catalogue
     chapter = None
@@ -180,7 +209,7 @@ def _run_all(profile: str | None) -> int:
     return 1 if failed else 0
 
 
-_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "list": _list, "run": _run, "results": _results, "doctor": _doctor}
+_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "list": _list, "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
 def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
