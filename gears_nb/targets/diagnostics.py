@@ -175,7 +175,7 @@ def f5_signature(X: Tensor, t: LinearTargets) -> Tensor:
 
 
 def f6_signature(X: Tensor, t: DistributionTargets) -> Tensor:
-    "Ten distance quantiles and Ripley's L - r."
+    "Ten distance quantiles and Ripley's L(r), `(B, m)`."
     return torch.cat([quantiles(t.quantiles), t.ripley.double()], -1)
 
 
