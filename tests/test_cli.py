@@ -268,7 +268,7 @@ def test_interrupt(monkeypatch, capsys):
 def test_killed_training_continues_with_the_same_numbers(files, tmp_path_factory):
     """kill -9 in the middle of training; the same command continues from a checkpoint and ends with the same coordinates."""
     command = [GEARS, "reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--profile", "smoke", "--quiet",
-               "--set", "encoder.train.epochs=120", "--out"]
+               "--set", "structure.guess_epochs=150", "--out"]
 
     def start(out, cache):
         env = {**os.environ, "GEARS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
@@ -277,12 +277,12 @@ def test_killed_training_continues_with_the_same_numbers(files, tmp_path_factory
     assert whole.communicate(timeout=120)[0].startswith("100 of 100")
     killed = start("killed.h5ad", cache)
     deadline = time.monotonic() + 60
-    while not list(cache.rglob("encoder*.json")) and killed.poll() is None and time.monotonic() < deadline:
+    while not list(cache.rglob("guess*.json")) and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.1)
     killed.kill()
     killed.communicate()
-    assert killed.returncode == -9 and list(cache.rglob("encoder*.json")), "training was over before it could be killed"
+    assert killed.returncode == -9 and list(cache.rglob("guess*.json")), "training was over before it could be killed"
     assert not (files / "killed.h5ad").exists()
     again = start("killed.h5ad", cache)
     assert again.communicate(timeout=120)[0].startswith("100 of 100") and again.returncode == 0

@@ -10,7 +10,7 @@ from gears_nb.data.simulator import PRESETS
 from gears_nb.encoder import h4 as module
 from gears_nb.encoder.h4 import (SCHEDULES, Embedded, Trial, changes, embedded, expression_tables, fit_settings, h4, h4_verdict, lag_covariances, locality,
                                  organisation, places, shape, stored_preset, trial)
-from gears_nb.encoder.h6 import aligned_row, h6, h6_verdict, mapped, remedy_verdict
+from gears_nb.encoder.h6 import aligned_row, dealt, h6, h6_verdict, mapped, remedy_verdict
 from gears_nb.encoder.presets import fit_preset
 from gears_nb.encoder.probes import load_slides
 
@@ -99,7 +99,7 @@ def test_the_key_knows_seed_settings_data_and_code(tiny, root, monkeypatch):
     assert known(seed=5) == start + 1
     assert known(lr=1e-3) == start + 2
     assert known(slides=tiny.train[:2]) == start + 3
-    monkeypatch.setattr(module, "_code", lambda: "other")
+    monkeypatch.setattr(module, "code_digest", lambda chapters: "other")
     assert known() == start + 4
 
 
@@ -108,13 +108,25 @@ def test_h4_table_and_verdict(tiny, root):
     v3, twin = found["encoders"]["v3"], found["encoders"]["vicreg_only"]
     assert 0 < v3["overlap20_held"] < 1 and set(v3["rms"]) == {"ST1", "ST2", "ST3"} and v3["dim_std_min"] > 0
     assert found["change"]["norm_ratio"] == pytest.approx(v3["norm_ratio"] - twin["norm_ratio"])
-    assert found["verdict"] == h4_verdict(found["organisation"]["odd"], found["change"])
+    assert set(found["network"]) == {"v3", "vicreg_only"} and set(found["network"]["v3"]) == {"ST1", "ST2", "ST3"}
+    assert found["verdict"] == h4_verdict(found["organisation"]["odd"], max(found["network"]["vicreg_only"].values()), found["change"])
     assert np.isclose(sum(v3["spectra"]["ST1"]), 1, atol=0.05)
 
 
 def test_h4_verdicts():
     none, large = {"top_share": 0.0, "norm_ratio": 0.0, "angle_mean": 0.0}, {"top_share": 0.3, "norm_ratio": 0.0, "angle_mean": 0.0}
-    assert [h4_verdict(o, c) for o in (0.05, 0.5) for c in (none, large)] == ["FALSIFIED", "FALSIFIED", "PARTIAL", "CONFIRMED"]
+    assert [h4_verdict(o, 0.5, c) for o in (0.05, 0.5) for c in (none, large)] == ["FALSIFIED", "FALSIFIED", "PARTIAL", "CONFIRMED"]
+    assert h4_verdict(0.5, 0.05, large) == "PARTIAL" and h4_verdict(0.05, 0.5, large) == "FALSIFIED"
+
+
+@pytest.mark.parametrize("switch", [1.0, 0.0])
+def test_a_network_without_coordinates_carries_the_organisation(switch, root):
+    slides = load_slides("liver_crossslide", 13, sources=SMALL, organisation=switch)
+    fit = stored_preset("vicreg_only", slides, seed=13, root=root, **(SCHEDULES["smoke"] | {"steps": 250, "n_hvg": 700}))
+    found = organisation(fit.embed(slides), [places(s) for s in slides], ["ST1", "ST2", "ST3"])["oddness"]
+    assert (max(found.values()) >= module.ODD) == bool(switch)
+    if switch:
+        assert max(found, key=found.get) == "ST3"
 
 
 def test_no_held_slide_leaves_none(tiny, root):
@@ -140,6 +152,26 @@ def test_h6_off_is_rejected_and_rows_are_complete(tiny, root):
     assert found["verdict"] == "FALSIFIED"
     assert list(found["embeddings"]) == ["v3", "trained", "global", "conditional 2", "conditional 20"]
     assert found["cost"]["v3"] == {"loss": 0, "removed": 0, "loss_held": 0} and found["remedy"] in ("CONFIRMED", "PARTIAL", "FALSIFIED")
+
+
+def test_h6_rejects_a_penalty_too_weak_to_matter(tiny, root):
+    weak = h6(tiny, coral_weight=0.02, clusters=(), root=root, **SCHEDULES["smoke"])
+    assert weak["verdict"] == "FALSIFIED" and weak["coral_weight"] == 0.02
+
+
+def test_dealt_slides_hold_every_spot_once_and_a_strip_of_each(tiny):
+    deck = dealt(tiny.train)
+    names = [n for s in deck for n in s.obs_names]
+    assert len(deck) == 3 and len(set(names)) == len(names) == sum(s.n_obs for s in tiny.train)
+    for new in deck:
+        owner = np.array([n.split("_")[0] for n in new.obs_names])
+        assert sorted(np.unique(owner)) == ["0", "1", "2"] and np.bincount(owner.astype(int)).max() <= 51
+        middle = np.array([places(new)[owner == o].mean(0) for o in "012"])
+        size = max(np.ptp(places(s), axis=0).max() for s in tiny.train)
+        assert np.abs(np.diff(middle[:, 0])).min() > size / 2
+    first = deck[0].obs_names[0].split("_", 1)[1]
+    assert np.array_equal(deck[0].X[0].toarray(), tiny.train[0][first].X.toarray())
+    assert places(tiny.train[0]).shape == (150, 2) and "slide" in tiny.train[0].obs
 
 
 def test_h6_verdicts():

@@ -1,7 +1,10 @@
-"""presets: the table, rows without densifying, batches that never pair across slides, training and embedding."""
+"""presets: the table, rows without densifying, batches that never pair across slides, training, embedding, keeping and resuming."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+import shutil
 import time
 import tracemalloc
 
@@ -21,6 +24,7 @@ from gears_nb.encoder.presets import (
     PRESETS,
     Dealer,
     Places,
+    Preset,
     PresetConfig,
     coins,
     fit_preset,
@@ -224,6 +228,20 @@ def test_the_two_views_differ_and_only_by_what_is_on():
     assert (depth.std(1) < 1e-6).all() and float(depth[:, 0].log().std()) == pytest.approx(0.1, rel=0.25)
 
 
+def test_windows_are_runs_of_the_pool_and_every_one_comes_up():
+    rows = presets.windows(torch_rng(0), torch.arange(12), 2000, 5)
+    assert torch.equal(rows, rows[:, :1] + torch.arange(5)) and rows[:, 0].unique().tolist() == list(range(8))
+
+
+def test_the_noise_of_a_batch_is_normal_and_independent_within_rows_and_across_views():
+    noise = two_views(torch.zeros(300, 200), PresetConfig(noise=1.0, gene_dropout=0.0, scale_jitter=0.0), 1.0, torch_rng(0))
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
+    assert float((noise**4).mean()) == pytest.approx(3, abs=0.15)
+    first, second = noise.chunk(2)
+    assert abs(float((first * second).mean())) < 0.02 and abs(float((noise[:, 1:] * noise[:, :-1]).mean())) < 0.02
+    assert len(noise[:, 0].unique()) > 0.98 * len(noise)  # rows read from different places
+
+
 # training and embedding -----------------------------------------------------------------------------------------------
 
 
@@ -301,3 +319,82 @@ def test_an_empty_list_is_refused_and_one_small_slide_is_enough():
     tiny = section(0, n=6)
     for name in PRESETS:
         assert np.isfinite(fit_preset(name, [tiny], **QUICK).embed([tiny])[0]).all()
+
+
+# keeping --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_back_from_its_folder_bit_by_bit(name, slides, tmp_path):
+    preset = fit_preset(name, slides[:2], n_hvg=20, **QUICK)
+    back = Preset.load(preset.save(tmp_path / "deep" / "er"))
+    assert (back.name, back.config, back.history, back.preprocessor.genes) == (name, preset.config, preset.history, preset.preprocessor.genes)
+    assert all(np.array_equal(a, b) for a, b in zip(back.embed(slides), preset.embed(slides)))
+    assert not back.encoder.training
+    assert {p.suffix for p in (tmp_path / "deep" / "er").iterdir()} == {".json", ".safetensors"}
+
+
+def _cut(folder):
+    data = next(folder.glob("*.safetensors"))
+    data.write_bytes(data.read_bytes()[:-9])
+
+
+def _record(folder, change):
+    path = folder / "preset.json"
+    record = json.loads(path.read_text())
+    change(record["meta"])
+    path.write_text(json.dumps(record))
+
+
+DAMAGE = {"no folder": shutil.rmtree, "no weights": lambda f: next(f.glob("*.safetensors")).unlink(), "cut weights": _cut,
+          "half a record": lambda f: (f / "preset.json").write_text('{"format": 1, "tens'), "no config": lambda f: _record(f, lambda m: m.pop("config")),
+          "an unknown field": lambda f: _record(f, lambda m: m["config"].update(speed=3)), "another width": lambda f: _record(f, lambda m: m["config"].update(width=[9])),
+          "a value out of range": lambda f: _record(f, lambda m: m["config"].update(batch=0)), "a gene less": lambda f: _record(f, lambda m: m["preprocessor"]["genes"].pop()),
+          "a list for the genes": lambda f: _record(f, lambda m: m.update(preprocessor=[1])), "no history": lambda f: _record(f, lambda m: m.update(history=None))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_folder_is_an_input_error_in_one_line(damage, slides, tmp_path):
+    folder = fit_preset("v5", slides[:1], **QUICK).save(tmp_path / "kept")
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        Preset.load(folder)
+    assert "\n" not in str(caught.value) and "Remedy" in str(caught.value)
+
+
+class Killed(BaseException):
+    "What a kill looks like from inside: nothing catches it."
+
+
+def dies_in_step(monkeypatch, step: int):
+    "Let the `step`-th batch of the next training die."
+    whole, seen = presets.preset_loss, itertools.count()
+    monkeypatch.setattr(presets, "preset_loss", lambda *a: whole(*a) if next(seen) != step else (_ for _ in ()).throw(Killed))
+
+
+@pytest.mark.parametrize(("name", "step"), [("v5", 0), ("v5", 5), ("v4", 13), ("kdd", 18)])
+def test_killed_and_resumed_gives_the_numbers_of_an_uninterrupted_run(name, step, slides, tmp_path, monkeypatch):
+    settings = QUICK | {"epochs": 5, "dropout": 0.1, "inv_warmup": 0.4}  # 4 batches to an epoch
+    whole = fit_preset(name, slides, seed=7, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_in_step(patch, step)
+        fit_preset(name, slides, seed=7, checkpoint=tmp_path / "run", **settings)
+    resumed = fit_preset(name, slides, seed=7, checkpoint=tmp_path / "run", **settings)
+    assert resumed.history.resumed_from == step // 4 and len(resumed.history.rows) == 5
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in resumed.history.rows] == [{k: v for k, v in r.items() if k != "seconds"} for r in whole.history.rows]
+    assert all(torch.equal(a, b) for a, b in zip(resumed.encoder.state_dict().values(), whole.encoder.state_dict().values()))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed.embed(slides), whole.embed(slides)))
+    again = fit_preset(name, slides, seed=7, checkpoint=tmp_path / "run", **settings)  # finished: only read
+    assert again.history.resumed_from == 5 and np.array_equal(again.embed(slides)[0], whole.embed(slides)[0])
+
+
+def test_a_checkpoint_of_other_slides_settings_or_seed_is_refused(slides, tmp_path):
+    fit_preset("v5", slides, checkpoint=tmp_path / "run", **QUICK)
+    moved = [s.copy() for s in slides]
+    moved[0].obsm["spatial"] = moved[0].obsm["spatial"] + np.array([[0.0, 1.0]])
+    for name, some, changes in (("v5", moved, {}), ("v5", slides[:2], {}), ("v5", slides, {"seed": 1}), ("v5", slides, {"noise": 0.2}), ("v3", slides, {})):
+        with pytest.raises(InputError, match="another"):
+            fit_preset(name, some, checkpoint=tmp_path / "run", **(QUICK | changes))
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        fit_preset("v5", slides, checkpoint=tmp_path / "run", **QUICK)

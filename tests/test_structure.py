@@ -20,16 +20,12 @@ from gears_nb.structure.gate import (
     random_support,
 )
 from gears_nb.structure.ipa import (
-    D7,
     RecycleBlock,
     attention_bias,
     augment,
     coordinate_update,
     drop_edges,
     entropy_deficit,
-    gate_loss,
-    loss_weights,
-    pretrain_gate,
     rw_weight,
 )
 from gears_nb.structure.protocol import (
@@ -38,6 +34,16 @@ from gears_nb.structure.protocol import (
     geometry_loss,
     mean_energy,
     model_class,
+)
+from gears_nb.structure.rungs import (
+    D7,
+    RUNGS,
+    Ladder,
+    Rung,
+    gate_loss,
+    loss_weights,
+    pretrain_gate,
+    rung,
 )
 from gears_nb.targets.builder import build_targets
 
@@ -64,8 +70,8 @@ def awake(dim_in: int = 16, seed: int = 0, **extra) -> D7:
     "A D7 in evaluation mode whose zero-initialised layers are not zero, so that nothing passes for being inert."
     torch.manual_seed(seed)
     model = D7(dim_in, extra.pop("config", CONFIG), **extra)
-    nn.init.normal_(model.refine.block.A, std=0.3)
-    nn.init.normal_(model.refine.block.mlp[-1].weight, std=0.1)
+    nn.init.normal_(model.refine.blocks[0].maps.A, std=0.3)
+    nn.init.normal_(model.refine.blocks[0].mlp[-1].weight, std=0.1)
     return model.eval()
 
 
@@ -210,7 +216,7 @@ def test_logits_are_bounded_at_the_first_recycle():
     nn.init.normal_(model.gate.out.weight, std=50)
     M = model.candidates(H)
     bias = attention_bias(M, model.gate(H, M), CONFIG.beta)
-    block, seen = model.refine.block, []
+    block, seen = model.refine.blocks[0], []
     inner = block.logits
     block.logits = lambda *args: seen.append(inner(*args)) or seen[-1]
     model.refine(H, torch.ones(2, 50, dtype=torch.bool), bias)
@@ -225,19 +231,26 @@ def test_untrained_block_is_the_identity():
     assert torch.allclose(model(H).X, gauge_fix(model.refine.guess(H)), atol=1e-6)
 
 
-@pytest.mark.parametrize("scalar", [True, False])
-def test_rotation_equivariance_is_what_scalar_buys(scalar):
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(("maps", "geo"), [("scalar", "distance"), ("scalar", "rbf"), ("rotation", "distance"), ("full", "distance"), ("scalar", "points")])
+def test_equivariance_is_what_the_maps_and_the_geometry_buy(maps, geo, mirror):
     torch.manual_seed(1)
-    block = RecycleBlock(scalar=scalar).double()
-    nn.init.normal_(block.A), nn.init.normal_(block.mlp[-1].weight)
+    block = RecycleBlock(maps=maps, geo=geo).double()
+    nn.init.normal_(block.maps.A), nn.init.normal_(block.mlp[-1].weight)
+    for p in block.geo.parameters():
+        nn.init.normal_(p)  # rbf weights and point offsets start at zero
     s, x = torch.randn(2, 25, 64, dtype=torch.float64), torch.randn(2, 25, 2, dtype=torch.float64)
     R = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+    R = R * torch.tensor([1.0, -1.0 if (torch.det(R) > 0) == mirror else 1.0])
     bias, eta = torch.zeros(2, 25, 25), torch.tensor(0.5)
     plain, turned = block(s, x, bias, eta), block(s, x @ R, bias, eta)
     error = (turned[1] - plain[1] @ R).abs().max()
-    assert error < 1e-12 if scalar else error > 1e-2
-    assert (turned[0] - plain[0]).abs().max() < 1e-12  # features never see the frame
+    turns = (maps == "scalar" or (maps == "rotation" and not mirror)) and geo != "points"  # offsets name a direction in the frame
+    assert error < 1e-10 if turns else error > 1e-2
     assert (block(s, x + 5, bias, eta)[1] - plain[1] - 5).abs().max() < 1e-9  # translation, always
+    if geo == "points":
+        return
+    assert (turned[0] - plain[0]).abs().max() < 1e-12  # features never see the frame
 
 
 def test_gauge_fix_lets_gradients_through():
@@ -250,13 +263,14 @@ def test_gauge_fix_lets_gradients_through():
 # ---------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize("scalar", [True, False])
-def test_d7_keeps_the_promises_of_the_protocol(scalar):
-    check_geometry_model(awake(scalar=scalar), embeddings())
+@pytest.mark.parametrize("maps", ["full", "rotation", "scalar"])
+def test_d7_keeps_the_promises_of_the_protocol(maps):
+    check_geometry_model(awake(rung=rung("d7", maps=maps)), embeddings())
 
 
 def test_registry():
-    assert MODELS["d7"] is D7 and model_class("d7") is D7
+    assert MODELS["d7"] is D7 and model_class("d7") is D7 and D7.preset == RUNGS["d7"] == Rung()
+    assert all(issubclass(MODELS[name], Ladder) and MODELS[name].preset == RUNGS[name] for name in RUNGS)
     with pytest.raises(InputError, match="choose from"):
         model_class("d8")
 
@@ -293,7 +307,7 @@ def test_gate_of_another_support_is_refused():
     model, (H, targets) = awake(32), world()
     gate = model.gate(H, model.candidates(H))
     with pytest.raises(ValueError, match="another support"):
-        model(H, edges=oracle_edges(targets), gate=gate)
+        model(H, graph=oracle_edges(targets), gate=gate)
     with pytest.raises(ValueError, match="another support"):
         model(H[:1], gate=gate)
     assert torch.equal(model(H, gate=gate).X, model(H).X)
@@ -324,7 +338,7 @@ def test_total_is_the_weighted_sum_and_follows_the_schedule():
     model, (H, targets) = awake(32, targets=TargetConfig(stress_weight=0.7)), world()
     for epoch, rw in ((0, 0.0), (2, CONFIG.rw_cap * 2 / 3), (3, CONFIG.rw_cap), (50, CONFIG.rw_cap)):  # one epoch of warm-up, three of ramp
         terms = model.losses(H, targets, epoch=epoch)
-        weights = loss_weights(CONFIG, 0.7, epoch)
+        weights = loss_weights(CONFIG, Rung(), 0.7, epoch)
         assert weights["rw"] == pytest.approx(rw) and weights["stress"] == 0.7
         assert terms["loss"].item() == pytest.approx(sum(weights[k] * v.item() for k, v in terms.items() if k != "loss"), rel=1e-5)
     assert rw_weight(0, 0, 0, 0.3) == 0.3

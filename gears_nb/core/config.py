@@ -19,26 +19,27 @@ from .errors import InputError
 from .store import content_digest
 
 # %% auto #0
-__all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'Section', 'TrainConfig', 'EncoderConfig', 'TargetConfig', 'StructureConfig',
-           'PatchConfig', 'SolveConfig', 'GearsConfig', 'to_dict', 'from_dict', 'digest', 'expand_key', 'profile',
-           'override', 'parse_overrides']
+__all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'Section', 'TrainConfig', 'MetricConfig', 'EncoderConfig', 'TargetConfig',
+           'StructureConfig', 'PatchConfig', 'SolveConfig', 'GearsConfig', 'to_dict', 'from_dict', 'digest',
+           'expand_key', 'profile', 'override', 'parse_overrides']
 
 # %% ../../nbs/core/03_config.ipynb #d10ac770
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("32-true", "bf16-mixed"),
     "schedule": ("constant", "cosine"),
     "stress": ("log", "ratio", "sigma", "metric"),
+    "kind": ("metric", "network"),
 }
 "Fields that take one of a few words. No 16-mixed: the state of its loss scaler would make resuming inexact."
 
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("dropout", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
+    **dict.fromkeys(("dropout", "shrink", "evenness", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
     **dict.fromkeys(("epochs", "patience", "patience_after", "warmup", "rw_ramp", "gate_pretrain", "iterations"), (0, float("inf"))),
-    **dict.fromkeys(("noise", "h_noise", "guess_epochs", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
+    **dict.fromkeys(("contexts", "anchors", "ridge", "noise", "h_noise", "guess_epochs", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
     **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight", "even"), (0, float("inf"))),
     **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
-    **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "landmarks", "overlap", "width"), (1, float("inf"))),
-    **dict.fromkeys(("lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
+    **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "space", "near", "landmarks", "overlap", "width"), (1, float("inf"))),
+    **dict.fromkeys(("sharpness", "lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
 }
 "Closed ranges by field name; for a tuple, the range of its members."
 
@@ -107,8 +108,26 @@ class TrainConfig(Section):
 
 # %% ../../nbs/core/03_config.ipynb #71fb91ad
 @dataclass(frozen=True, kw_only=True)
+class MetricConfig(Section):
+    """Closed-form spatial metric (`encoder.spatial_metric`); chosen on validation sets."""
+
+    stem: int = 100  # principal components of weighted genes
+    space: int = 50  # principal components in which similar cells are looked for
+    weighted: bool = True  # weigh genes (else: as they are)
+    near: int = 8  # physical neighbours that weigh the genes
+    positives: int = 20  # physical neighbours of the axes and of the surroundings
+    shrink: float = 0.3  # of the noise matrix
+    dim: int = 32  # axes per member
+    contexts: tuple[int, ...] = (0, 10)  # one member each: similar cells averaged
+    anchors: int = 600  # of the surroundings; 0: none
+    sharpness: float = 3.0  # of the surroundings' kernel, in units of 1 / median squared norm
+    ridge: float = 0.1  # of the surroundings' regression
+    evenness: float = 0.3  # rows are divided by their length to this power
+
+# %% ../../nbs/core/03_config.ipynb #encconf1
+@dataclass(frozen=True, kw_only=True)
 class EncoderConfig(Section):
-    """Shared encoder, Design A: mean-centred input, VICReg + Spatial InfoNCE."""
+    """From expression to H: the spatial metric, or the shared network of Design A (mean-centred input, VICReg + Spatial InfoNCE)."""
 
     width: tuple[int, ...]  # hidden layers between genes and embedding
     dim: int  # embedding size
@@ -129,6 +148,8 @@ class EncoderConfig(Section):
     context: int = 30  # similar cells of the same source that are averaged with each cell, at two ranges
     own: float = 0.5  # weight of a cell's own profile beside its context
     gene_gain: float = 0.2  # augmentation: slide-wide gain of each gene, log-scale
+    kind: str = "metric"  # what makes H: "metric" (closed form, all genes) or "network" (trained, `n_hvg` genes)
+    metric: MetricConfig = MetricConfig()
     adapter: bool = False  # move embeddings of a query into the cloud of the reference (SCAdapter)
 
 
@@ -230,7 +251,7 @@ TABLE: dict[str, tuple[Any, Any, Any]] = {
     "structure.gate_pretrain":      (5,       80,         500),
     "structure.train.epochs":       (2,       6,          12),
     "structure.train.lr":           (1e-3,    1e-3,       3e-4),
-    "structure.members":            (1,       2,          5),
+    "structure.members":            (1,       1,          2),
     "patches.size":                 (64,      256,        384),
     "patches.allow_islands":        (True,    False,      False),
     "patches.landmarks":            (16,      64,         96),

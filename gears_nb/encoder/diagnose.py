@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SEVERITIES', 'SETTINGS', 'FEW_GENES', 'LOST_SHARE', 'SHALLOW', 'DEPTH_RATIO', 'EMPTY_SHARE', 'QUESTIONS', 'ADVICE',
            'CHECKS', 'TRAINS', 'Bars', 'Finding', 'Diagnosis', 'Settings', 'Samples', 'prepare', 'check_genes',
-           'check_depth', 'check_accuracy', 'check_centroids', 'check_mixing', 'hypothesis', 'diagnose']
+           'check_depth', 'check_accuracy', 'check_centroids', 'check_mixing', 'hypothesis', 'sources_of', 'diagnose']
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #ddf736a1
 SEVERITIES = ("problem", "warning", "note", "ok", "skipped")
@@ -409,6 +409,14 @@ def _answer(key: str, samples: Samples, training: bool) -> Finding:
     return Finding(**{**vars(found), "seconds": time.perf_counter() - start})
 
 
+def sources_of(samples: Samples, depth: Finding | None = None) -> tuple[dict[str, Any], ...]:
+    "One row per source: name, kind, rows given and used, genes, and what `check_depth` (its finding, if at hand) says."
+    numbers = (depth or check_depth(samples)).numbers
+    genes = {r["source"]: r["genes"] for r in samples.match.report()["sources"]}
+    return tuple({"name": n, "kind": "cells" if i >= len(samples.slides) else "spots", "given": samples.given[i], "used": numbers[n]["rows"], "genes": genes[n], **numbers[n]}
+                 for i, n in enumerate(samples.names))
+
+
 def diagnose(slides: Sequence[AnnData], cells: AnnData | None = None, *, seed: int = 0, profile: str = "toy", min_genes: int = 50,
              training: bool = True, progress: bool = False) -> Diagnosis:
     """All checks on `slides` (raw counts, `obsm['spatial']`, one table each) and optional dissociated `cells`; neither is changed.
@@ -424,8 +432,5 @@ def diagnose(slides: Sequence[AnnData], cells: AnnData | None = None, *, seed: i
             bar.set_postfix_str(key)
             findings.append(_answer(key, samples, training))
             bar.update(1)
-    depth = next(f for f in findings if f.key == "depth").numbers
-    fates = {r["source"]: r["genes"] for r in samples.match.report()["sources"]}
-    sources = tuple({"name": n, "kind": "cells" if i >= len(samples.slides) else "spots", "given": samples.given[i], "used": depth[n]["rows"], "genes": fates[n], **depth[n]}
-                    for i, n in enumerate(samples.names))
-    return Diagnosis(tuple(findings), sources, len(samples.match.genes), seed, profile)
+    depth = next(f for f in findings if f.key == "depth")
+    return Diagnosis(tuple(findings), sources_of(samples, depth), len(samples.match.genes), seed, profile)

@@ -5,8 +5,6 @@
 # %% ../../nbs/encoder/13_h4_infonce.ipynb #ba904352
 from __future__ import annotations
 
-import ast
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.store import Store, content_digest
-from ..core.training import History
+from ..core.store import code_digest, content_digest
 from ..data.preprocess import Preprocessor
 from ..data.registry import cache_root
-from . import losses, model, presets
 from .presets import Preset, fit_preset, preset_config
 from .probes import (covariance_spectrum, dim_std, load_slides, neighbour_distance, norm_ratio, overlap, principal_angles, rms_norms,
                                      slide_accuracy)
@@ -89,27 +85,14 @@ def fit_settings(slides: Sequence[AnnData], steps: int | None = None, **settings
     return settings | {"epochs": math.ceil(steps / per_epoch)}
 
 # %% ../../nbs/encoder/13_h4_infonce.ipynb #d05928fb
-def _code() -> str:
-    "Syntax trees of the modules that decide a fit, without docstrings' line numbers."
-    return content_digest(*[ast.dump(ast.parse(inspect.getsource(m))) for m in (presets, model, losses)])
-
-
 def stored_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, root: Path | None = None, **settings: Any) -> Preset:
     "`fit_preset(name, slides, ...)`, kept under `root` (default: the cache); `settings` as in `fit_settings`. Trained once, then read."
     settings = fit_settings(slides, **settings)
-    config = preset_config(name, **settings)
-    store, key = Store(root or cache_root() / "presets"), content_digest(list(slides), config, seed, _code())
-    if not store.has(key):
-        fitted = fit_preset(name, slides, seed=seed, **settings)
-        tensors, meta = fitted.preprocessor.to_dict()
-        weights = {f"encoder.{k}": v for k, v in fitted.encoder.state_dict().items()}
-        rows = [{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in fitted.history.rows]
-        store.save(key, weights | tensors, {"preprocessor": meta, "rows": rows, "stop_reason": fitted.history.stop_reason})
-    tensors, meta = store.load(key)
-    prep = Preprocessor.from_dict({k: v.numpy() for k, v in tensors.items() if not k.startswith("encoder.")}, meta["preprocessor"])
-    encoder = model.SharedEncoder(genes=len(prep.genes), width=config.width, learned=config.dim, dropout=config.dropout)
-    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")})
-    return Preset(name, config, prep, encoder.eval(), History(meta["rows"], meta["stop_reason"]))
+    key = content_digest(name, list(slides), preset_config(name, **settings), seed, code_digest(("core", "data", "encoder")))
+    folder = (root or cache_root() / "presets") / key
+    if not (folder / "preset.json").is_file():
+        fit_preset(name, slides, seed=seed, **settings).save(folder)
+    return Preset.load(folder)
 
 # %% ../../nbs/encoder/13_h4_infonce.ipynb #af917ac8
 @dataclass(frozen=True)
@@ -228,15 +211,15 @@ def changes(with_nce: Mapping[str, Any], without: Mapping[str, Any]) -> dict[str
     return out | {"top_share": mean(with_nce) - mean(without)}
 
 
-def h4_verdict(odd: float, change: Mapping[str, float]) -> str:
-    "CONFIRMED, PARTIAL or FALSIFIED from the largest oddness and `changes`."
+def h4_verdict(odd: float, carried: float, change: Mapping[str, float]) -> str:
+    "CONFIRMED, PARTIAL or FALSIFIED from the largest oddness in expression, that in the cloud of the twin (`carried`), and `changes`."
     if odd < ODD:
         return "FALSIFIED"
-    return "CONFIRMED" if any(abs(change[k]) >= least for k, least in SHAPE.items()) else "PARTIAL"
+    return "CONFIRMED" if carried >= ODD and any(abs(change[k]) >= least for k, least in SHAPE.items()) else "PARTIAL"
 
 
 def h4(of: Trial | Sequence[AnnData], *, seed: int = 0, root: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """H4 on a `Trial` (or gene-matched training slides): `v3` and `vicreg_only` described, what InfoNCE changes, oddness of slides, verdict.
+    """H4 on a `Trial` (or gene-matched training slides): `v3` and `vicreg_only` described, what InfoNCE changes, oddness of slides in expression and in both clouds, verdict.
 
     `settings`: of the trainings, see `fit_settings`; both are kept under `root` (None: the cache). Raises `InputError` for fewer than two slides.
     """
@@ -248,9 +231,10 @@ def h4(of: Trial | Sequence[AnnData], *, seed: int = 0, root: Path | None = None
     rows = {name: describe(E, seed) for name, E in clouds.items()}
     first = clouds["v3"]
     cause = organisation(expression_tables(of.train), first.coords, first.names, seed=seed)
-    change = changes(rows["v3"], rows["vicreg_only"])
+    network = {name: organisation(E.H, E.coords, E.names, seed=seed)["oddness"] for name, E in clouds.items()}
+    change, carried = changes(rows["v3"], rows["vicreg_only"]), max(network["vicreg_only"].values())
     log = {"slide accuracy rises": change["slide_acc"] > 0.02, "norms diverge": change["norm_ratio"] > 0.02, "angles widen": change["angle_mean"] > 3,
            "variance concentrates": change["top_share"] > 0.05, "locality comes from InfoNCE": change["overlap20_train"] > 0.3}
     curve = {name: [float(v) for v in np.array(fit.history.column("loss"))[np.linspace(0, len(fit.history.rows) - 1, 5).astype(int)]] for name, fit in fits.items()}
-    return {"spots": len(first.labels), "chance": 1 / len(of.train), "encoders": rows, "change": change, "organisation": cause, "as_in_log": log, "loss_curve": curve,
-            "thresholds": {"odd": ODD, **SHAPE}, "verdict": h4_verdict(cause["odd"], change)}
+    return {"spots": len(first.labels), "chance": 1 / len(of.train), "encoders": rows, "change": change, "organisation": cause, "network": network, "as_in_log": log, "loss_curve": curve,
+            "thresholds": {"odd": ODD, **SHAPE}, "verdict": h4_verdict(cause["odd"], carried, change)}

@@ -13,14 +13,14 @@ import numpy as np
 
 from ..core.errors import InputError
 from .alignment import conditional_coral_map, coral_map
-from .h4 import Embedded, Trial, embedded, locality, stored_preset
+from .h4 import Embedded, Trial, embedded, locality, places, stored_preset
 from .probes import slide_accuracy
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CLUSTERS', 'LOSS', 'AS_WELL', 'mapped', 'aligned_row', 'h6_verdict', 'remedy_verdict', 'h6']
+__all__ = ['CLUSTERS', 'LOSS', 'AS_WELL', 'mapped', 'aligned_row', 'h6_verdict', 'remedy_verdict', 'h6', 'dealt']
 
 # %% ../../nbs/encoder/15_h6_alignment.ipynb #254ef276
 CLUSTERS = (5, 10, 20, 30, 50)
@@ -79,3 +79,24 @@ def h6(of: Trial | Sequence[AnnData], *, coral_weight: float = 2.0, clusters: Se
     return {"spots": len(E.labels), "chance": 1 / len(of.train), "embeddings": rows, "cost": cost, "coral_weight": coral_weight,
             "after_beats_during": bool(whole["loss"] < trained["loss"] and whole["removed"] > trained["removed"]), "thresholds": {"loss": LOSS, "as_well": AS_WELL},
             "remedy": remedy_verdict(rows) if "conditional 20" in rows else "UNDECIDED", "verdict": h6_verdict(trained["loss"])}
+
+# %% ../../nbs/encoder/15_h6_alignment.ipynb #idl00002
+def dealt(slides: Sequence[AnnData]) -> list[AnnData]:
+    "As many new slides as there are `slides`, each with one strip of every old one, laid far apart; every spot is used once."
+    import anndata as ad
+
+    count, xy = len(slides), [places(s) for s in slides]
+    reach = 2 * max(float(np.ptp(c, axis=0).max()) for c in xy)
+    strip = [np.argsort(np.argsort(c[:, 0], kind="stable")) * count // len(c) for c in xy]
+    out = []
+    for new in range(count):
+        parts = []
+        for old, (slide, c, number) in enumerate(zip(slides, xy, strip)):
+            mine = number == (new + old) % count
+            part = ad.AnnData(slide.X[mine], var=slide.var[[]].copy(), obsm={"spatial": c[mine] + [old * reach, 0.0]})
+            part.obs_names = [f"{old}_{name}" for name in slide.obs_names[mine]]
+            parts.append(part)
+        whole = ad.concat(parts)
+        whole.obs["slide"] = f"dealt{new}"
+        out.append(whole)
+    return out

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..core.config import Section, TrainConfig
 from ..core.errors import InputError
 from ..core.seeding import randn, stream_seed
+from ..core.store import Store, content_digest
 from ..core.training import History, train
 from ..data.preprocess import Preprocessor, group_means, row_blocks
 from .alignment import DomainCritic, adversary_loss, coral, mmd, slide_scale
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PRESETS', 'DENSE_ENTRIES', 'PresetConfig', 'preset_config', 'Rows', 'log_rows', 'Places', 'Dealer', 'coins',
-           'two_views', 'alignment_terms', 'infonce_by_slide', 'preset_loss', 'Preset', 'fit_preset']
+           'windows', 'two_views', 'alignment_terms', 'infonce_by_slide', 'preset_loss', 'Preset', 'fit_preset']
 
 # %% ../../nbs/encoder/05_presets.ipynb #edf800d7
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ class Rows:
     def take(self, index: Tensor) -> Tensor:
         "Dense rows `(len(index), g)`."
         if not self.sparse:
-            return self.X[index]
+            return self.X.index_select(0, index)
         return torch.from_numpy(self.X[index.numpy()].toarray()) - self.mean
 
 # %% ../../nbs/encoder/05_presets.ipynb #caabac96
@@ -143,7 +145,8 @@ class Places:
         turn, shift = torch.rand(1, generator=rng) * math.pi, torch.rand(2, generator=rng)
         rotation = torch.stack([torch.cat([turn.cos(), -turn.sin()]), torch.cat([turn.sin(), turn.cos()])])
         cell = torch.floor(self.coords @ rotation / math.sqrt(size) + shift).long()
-        tile = torch.unique(cell, dim=0, return_inverse=True)[1]
+        low, high = cell.amin(0), cell.amax(0)
+        tile = torch.unique((cell[:, 0] - low[0]) * (high[1] - low[1] + 1) + cell[:, 1], return_inverse=True)[1]  # far faster than unique rows
         rank = torch.randperm(int(tile.max()) + 1, generator=rng)[tile]
         return torch.argsort(rank + 0.5 * torch.rand(len(rank), generator=rng))
 
@@ -189,15 +192,25 @@ def coins(rng: torch.Generator, shape: tuple[int, ...], drop: float) -> Tensor:
     return words.view(torch.uint8)[:count].view(shape) >= min(round(256 * drop), 255)
 
 
+def windows(rng: torch.Generator, pool: Tensor, n: int, g: int) -> Tensor:
+    "`n` rows of `g` neighbouring entries of `pool` `(p,)`, each from a random place: `(n, g)`."
+    start = torch.randint(len(pool) - g + 1, (n,), generator=rng).to(pool.device)
+    return pool.unfold(0, g, 1).index_select(0, start)
+
+
 def two_views(x: Tensor, config: PresetConfig, spread: float, rng: torch.Generator) -> Tensor:
     "Two augmented views of `x` `(b, g)`, one below the other: `(2 b, g)`; `spread` is the standard deviation of the input."
-    views = x.repeat(2, 1)
+    n, g = 2 * len(x), x.shape[1]
+    pool = max(n * g // 8, 2**16) + g
     if config.gene_dropout:
-        views *= coins(rng, views.shape, config.gene_dropout).to(views.device)
+        keep = windows(rng, coins(rng, (pool,), config.gene_dropout).to(x), n, g)
+        views = keep.view(2, -1, g).mul_(x).view(n, g)
+    else:
+        views = x.repeat(2, 1)
     if config.scale_jitter:
-        views *= torch.exp(config.scale_jitter * randn(rng, len(views), 1, like=x))
+        views *= torch.exp(config.scale_jitter * randn(rng, n, 1, like=x))
     if config.noise:
-        views.add_(randn(rng, *views.shape, like=x), alpha=config.noise * spread)
+        views.add_(windows(rng, randn(rng, pool, like=x), n, g), alpha=config.noise * spread)
     return views
 
 # %% ../../nbs/encoder/05_presets.ipynb #dcdca0e6
@@ -234,10 +247,10 @@ def infonce_by_slide(first: Tensor, second: Tensor, positive: Sequence[Tensor], 
     "Spatial InfoNCE within each slide, averaged over all spots that have a positive; rows of `first` and `second` `(b, d)` are ordered by slide."
     sizes, total, count = [len(f) for f in far], first.new_zeros(()), 0
     for a, b, p, repels in zip(first.split(sizes), second.split(sizes), positive, far):
-        has = (p >= 0).nonzero()[:, 0]
-        if len(has):
-            total = total + len(has) * spatial_infonce(a[has], b[p[has]], repels[has][:, has], temperature)
-            count += len(has)
+        has = p >= 0
+        if len(p):  # a row without a positive repels none and is repelled by none: it adds log(e^x) - x = 0
+            total = total + len(p) * spatial_infonce(a, b.index_select(0, p.clamp(min=0)), repels & has & has[:, None], temperature)
+            count += int(has.sum())
     return total / max(count, 1)
 
 # %% ../../nbs/encoder/05_presets.ipynb #d457654e
@@ -274,6 +287,36 @@ class Preset:
             out.append(torch.cat(parts).numpy())
         return out
 
+    def save(self, folder: str | Path) -> Path:
+        "Write into `folder` (made if needed), atomically; returns it."
+        tensors, genes = self.preprocessor.to_dict()
+        parts = {f"preprocessor/{k}": v for k, v in tensors.items()} | {f"encoder/{k}": v for k, v in self.encoder.state_dict().items()}
+        about = {"name": self.name, "config": dataclasses.asdict(self.config), "preprocessor": genes, "history": dataclasses.asdict(self.history)}
+        Store(folder).save("preset", parts, about)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Preset:
+        "Read what `save` wrote. Raises `InputError` for a folder without a preset, or a damaged one."
+        parts, about = Store(folder).load("preset")
+        try:
+            return _revived(parts, about)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            why = f"does not fit its tensors ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            raise InputError(folder, "preset.json", why, "restore the folder as Preset.save wrote it, or train again") from error
+
+# %% ../../nbs/encoder/05_presets.ipynb #5a7ed0c5
+def _revived(parts: dict[str, Tensor], about: dict[str, Any]) -> Preset:
+    "A preset from tensors and record."
+    under = lambda name: {k.removeprefix(f"{name}/"): v for k, v in parts.items() if k.startswith(f"{name}/")}
+    prep = Preprocessor.from_dict({k: v.numpy() for k, v in under("preprocessor").items()}, about["preprocessor"])
+    if len(prep.centring.mu_global) != len(prep.genes):
+        raise ValueError(f"{len(prep.genes)} genes and {len(prep.centring.mu_global)} means")
+    config = PresetConfig(**about["config"])
+    encoder = SharedEncoder(genes=len(prep.genes), width=config.width, learned=config.dim, dropout=config.dropout)
+    encoder.load_state_dict(under("encoder"))
+    return Preset(about["name"], config, prep, encoder.eval(), History(**about["history"]))
+
 # %% ../../nbs/encoder/05_presets.ipynb #d6533f75
 def _spread(rows: Sequence[Rows], sample: int = 512) -> float:
     "Standard deviation of the input, from the first rows of every slide."
@@ -287,10 +330,12 @@ def _new_encoder(genes: int, slides: int, config: PresetConfig, seed: int) -> _S
         return _Student(SharedEncoder(genes=genes, width=config.width, learned=config.dim, dropout=config.dropout), slides, config)
 
 
-def fit_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, epochs: int | None = None, **overrides: Any) -> Preset:
+def fit_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, epochs: int | None = None, checkpoint: str | Path | None = None, **overrides: Any) -> Preset:
     """Train preset `name` on `slides` (counts, `obsm["spatial"]`, shared genes; one slide each) for `epochs` (None: 1200) passes.
 
     `overrides`: any field of `PresetConfig`. Slides are told apart by their place in the list. Same seed, same bits.
+    `checkpoint`: path stem for the state of the training, written about sixty times; if it is there, training goes on from it to the bits of a run that was never
+    interrupted. Raises `InputError` if it is damaged or belongs to other slides, settings or seed.
     """
     config = preset_config(name, **overrides, **({} if epochs is None else {"epochs": epochs}))
     if not slides:
@@ -300,7 +345,9 @@ def fit_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, epochs: i
     dealer = Dealer(rows, [Places(s.obsm["spatial"], config.positives) for s in slides], config)
     student, spread = _new_encoder(len(prep.genes), len(slides), config, seed), _spread(rows)
     settings = TrainConfig(epochs=config.epochs, lr=config.lr, weight_decay=config.weight_decay, schedule=config.schedule, device=config.device,
-                           precision=config.precision, progress=config.progress, patience_after=math.ceil(config.inv_warmup * config.epochs))
+                           precision=config.precision, progress=config.progress, patience_after=math.ceil(config.inv_warmup * config.epochs),
+                           checkpoint_every=max(1, config.epochs // 60))
     history = train(student, lambda epoch, rng: dealer.epoch(rng),
-                    lambda m, batch, epoch, rng: preset_loss(m, batch, config, spread, epoch / config.epochs, rng), settings, seed=seed, name=f"preset {name}")
+                    lambda m, batch, epoch, rng: preset_loss(m, batch, config, spread, epoch / config.epochs, rng), settings, seed=seed, name=f"preset {name}",
+                    checkpoint=checkpoint, tag="" if checkpoint is None else content_digest(list(slides), config))
     return Preset(name, config, prep, student.encoder, history)

@@ -20,11 +20,10 @@ from ..core.config import GearsConfig, digest, from_dict, profile, to_dict
 from ..core.errors import GearsWarning, InputError
 from ..core.store import Store, content_digest
 from ..data.genes import GeneMatch, match_genes, take_genes
-from ..data.preprocess import Preprocessor
 from ..data.registry import cache_root
 from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
-from ..encoder.model import SharedEncoder, context_features, encode, fit_encoder
+from ..encoder.embedding import Embedding, embedding_from, fit_embedding
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
 from ..structure.fit import fit_ensemble
@@ -34,8 +33,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['source_names', 'Reference', 'prepare_reference', 'Fitted', 'embed_table', 'train_all', 'write_result', 'Gears',
-           'describe_run']
+__all__ = ['source_names', 'Reference', 'prepare_reference', 'Fitted', 'train_all', 'write_result', 'Gears', 'describe_run']
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #09440e3e
 def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
@@ -76,39 +74,28 @@ class Fitted:
 
     genes: tuple[str, ...]  # matched genes, in order
     vocabulary: str  # "symbol" or "ensembl"
-    preprocessor: Preprocessor
-    encoder: SharedEncoder
+    embedding: Embedding
     models: list[GeometryModel]
     cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, for the adapter
     report: dict[str, Any]  # gene matching, validation, warnings
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def embed_table(table: AnnData, preprocessor: Preprocessor, encoder: SharedEncoder, config: GearsConfig) -> np.ndarray:
-    "Embeddings `H` `(n, d)` of one matched source: centre by its own mean, add context, encode."
-    return encode(encoder, _features(table, preprocessor, config))
 
-
-def _features(table: AnnData, preprocessor: Preprocessor, config: GearsConfig) -> np.ndarray:
-    X = preprocessor.transform(table, add_global=False)
-    return context_features(X, config.encoder.context, config.encoder.own)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #3bd9f9bb
 def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> Fitted:
-    "Fit preprocessing, encoder and structure models; resumes from `checkpoints`."
-    prep = Preprocessor.fit(reference.slides, n_hvg=config.n_hvg, counts=config.counts, slide_key=None)
-    features = [_features(s, prep, config) for s in reference.slides]
+    "Fit embedding and structure models; resumes from `checkpoints`."
     coords = [np.asarray(s.obsm["spatial"], dtype=np.float32) for s in reference.slides]
-    tag = content_digest(digest(config), *features, *coords)
-    encoder, learned = fit_encoder(features, coords, config.encoder, seed=config.seed, checkpoint=checkpoints / "encoder", tag=tag)
-    H = [encode(encoder, u) for u in features]
-    del features
+    tag = content_digest(digest(config), *reference.slides)
+    embedding, learned = fit_embedding(reference.slides, config, checkpoint=checkpoints / "encoder", tag=tag)
+    H = [embedding.embed(s) for s in reference.slides]
     models, histories = fit_ensemble(H, coords, config.structure, config.targets, seed=config.seed, checkpoints=checkpoints, tag=tag)
     cloud = np.concatenate(H)
     cloud = cloud[np.random.default_rng(config.seed).permutation(len(cloud))[:2000]]
     report = {"gene_matching": reference.match.report(), "reference": [r.to_dict() for r in reference.reports]}
-    history = {name: h.rows for name, h in {"encoder": learned, **histories}.items()}
-    return Fitted(reference.match.genes, reference.match.kind, prep, encoder, models, cloud, report, history)
+    history = {name: h.rows for name, h in {"encoder": learned, **histories}.items() if h.rows}
+    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, report, history)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #e45117df
 def write_result(adata: AnnData, result: Reconstruction, H: np.ndarray, report: Report, about: dict[str, Any]) -> AnnData:
@@ -147,7 +134,7 @@ class Gears:
 
     @property
     def history(self) -> dict[str, list[dict[str, Any]]]:
-        "Training rows by name: `encoder`, `guess-0`, `gate-0`, `refine-0`, ..."
+        "Training rows by name: `encoder` (if it is a network), `guess-0`, `gate-0`, `refine-0`, ..."
         return self.fitted.history
 
     @property
@@ -191,7 +178,7 @@ def _matched(self: Gears, adata: AnnData) -> tuple[AnnData, Report, list[str]]:
 # %% ../../nbs/reconstruct/06_facade.ipynb #fac0emb2
 @patch
 def _embed(self: Gears, table: AnnData) -> np.ndarray:
-    H = embed_table(table, self.fitted.preprocessor, self.fitted.encoder, self.config)
+    H = self.fitted.embedding.embed(table)
     if not self.config.encoder.adapter or len(H) < 2:  # one cell has no covariance
         return H
     sc, st = torch.from_numpy(H), torch.from_numpy(self.fitted.cloud)
@@ -253,13 +240,12 @@ def describe_run(config: GearsConfig, fit_report: Mapping[str, Any], result: Rec
 def save(self: Gears, folder: str | Path) -> Path:
     "Write a fitted `Gears` into `folder` (made if needed), atomically."
     f, store = self.fitted, Store(Path(folder))
-    tensors, meta = f.preprocessor.to_dict()
-    parts = {f"prep/{k}": torch.as_tensor(v) for k, v in tensors.items()} | {"cloud": torch.from_numpy(f.cloud)}
-    parts |= {f"encoder/{k}": v for k, v in f.encoder.state_dict().items()}
+    tensors, record = f.embedding.state()
+    parts = {f"embedding/{k}": v for k, v in tensors.items()} | {"cloud": torch.from_numpy(f.cloud)}
     for i, m in enumerate(f.models):
         parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
-    about = {"config": to_dict(self.config), "genes": list(f.genes), "vocabulary": f.vocabulary, "preprocessor": {k: list(v) if isinstance(v, tuple) else v for k, v in meta.items()},
-             "models": len(f.models), "report": f.report, "history": f.history, "format": 1}
+    about = {"config": to_dict(self.config), "genes": list(f.genes), "vocabulary": f.vocabulary, "embedding": record,
+             "models": len(f.models), "report": f.report, "history": f.history, "format": 2}
     store.save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
     return Path(folder)
 
@@ -284,14 +270,11 @@ def _rebuild(cls: type[Gears], parts: Mapping[str, torch.Tensor], about: Mapping
     "A fitted `Gears` from tensors and record."
     under = lambda name: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{name}/")}
     config = from_dict(about["config"])
-    state = under("encoder")
-    encoder = SharedEncoder(mean=state["mean"], axes=state["axes"], width=config.encoder.width, learned=config.encoder.dim - state["axes"].shape[1])
-    encoder.load_state_dict(state)
+    embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
     models = [model_class(config.structure.model)(parts["cloud"].shape[1], config.structure, targets=config.targets) for _ in range(about["models"])]
     for i, m in enumerate(models):
         m.load_state_dict(under(f"model{i}"))
         m.eval()
     out = cls(config)
-    out._fitted = Fitted(tuple(about["genes"]), about["vocabulary"], Preprocessor.from_dict(under("prep"), about["preprocessor"]), encoder.eval(), models,
-                         parts["cloud"].numpy(), about["report"], about["history"])
+    out._fitted = Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), about["report"], about["history"])
     return out

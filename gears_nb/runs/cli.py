@@ -40,6 +40,7 @@ _EXAMPLES = """examples
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
   gears diagnose --slides A.h5ad B.h5ad --report D.html   what is wrong with these slides, and what to do
+  gears readiness --slides A.h5ad B.h5ad C.h5ad --report R.html   does the structure model hold on a slide that it has not seen?
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -83,6 +84,22 @@ def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-training", action="store_true", help="skip the two hypotheses that train encoders (H4, H6)")
     add("--quiet", action="store_true", help="no progress bar")
 
+# %% ../../nbs/runs/05_cli.ipynb #rdargs01
+def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears readiness` takes."""
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="SLIDE", help="two or more slides with positions and raw counts; each is the test slide once")
+    add("--cells", metavar="CELLS", help="dissociated cells, for the test that tells cells from spots")
+    add("--report", metavar="OUT.html|OUT.json", help="also write a self-contained page, or the findings as JSON")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--profile", default="toy", metavar="P", help="smoke (a minute), toy (default), paper")
+    add("--model", default="d7", metavar="NAME", help="rung that is judged (default d7)")
+    add("--seed", type=int, default=0, help="first seed; same seed, same data: same table (default 0)")
+    add("--seeds", type=int, default=5, metavar="N", help="trainings per test slide (default 5)")
+    add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
+    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as structure.epochs=8")
+    add("--quiet", action="store_true", help="no progress bar")
+
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears run` takes."""
@@ -113,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="which cells are compared when there are very many")
     _diagnose_arguments(add("diagnose", "six hypotheses and plain checks on your own slides, each with what to do",
                             "example\n  gears diagnose --slides st1.h5ad st2.h5ad --cells sc.h5ad --report diagnosis.html"))
+    _readiness_arguments(add("readiness", "train on all slides but one, test on that one: the go/no-go table of the structure model",
+                             "example\n  gears readiness --slides st1.h5ad st2.h5ad st3.h5ad --report readiness.html"))
     add("list", "notebooks by chapter, with their parameters")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
@@ -147,10 +166,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../../nbs/runs/05_cli.ipynb #fee5382f
-def _diagnose(args: argparse.Namespace) -> int:
-    from gears_nb.runs.diagnose_report import diagnose_files
-    found = diagnose_files(args.slides, args.cells, args.report, seed=args.seed, profile=args.profile, min_genes=args.min_genes,
-                           training=not args.no_training, progress=not args.quiet)
+def _told(found: Any, args: argparse.Namespace) -> int:
+    """Print a diagnosis, as text or JSON."""
     if args.json:
         import json
         print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
@@ -159,6 +176,21 @@ def _diagnose(args: argparse.Namespace) -> int:
     return 0
 
 
+def _diagnose(args: argparse.Namespace) -> int:
+    from gears_nb.runs.diagnose_report import diagnose_files
+    found = diagnose_files(args.slides, args.cells, args.report, seed=args.seed, profile=args.profile, min_genes=args.min_genes,
+                           training=not args.no_training, progress=not args.quiet)
+    return _told(found, args)
+
+
+def _readiness(args: argparse.Namespace) -> int:
+    from gears_nb.core.config import parse_overrides
+    from gears_nb.runs.diagnose_report import readiness_files
+    found = readiness_files(args.slides, args.cells, args.report, seed=args.seed, seeds=args.seeds, profile=args.profile, model=args.model,
+                            overrides=parse_overrides(args.overrides), jobs=args.jobs, progress=not args.quiet)
+    return _told(found, args)
+
+# %% ../../nbs/runs/05_cli.ipynb #rdlist01
 def _list(args: argparse.Namespace) -> int:
     from gears_nb.runs.runner import catalogue
     chapter = None
@@ -209,7 +241,7 @@ def _run_all(profile: str | None) -> int:
     return 1 if failed else 0
 
 
-_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "list": _list, "run": _run, "results": _results, "doctor": _doctor}
+_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "list": _list, "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
 def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:

@@ -10,16 +10,20 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.results import versions_info
-from ..core.store import atomic_path
+from ..core.store import atomic_path, write_json
 from ..encoder.diagnose import SEVERITIES, Bars, Diagnosis, Finding
 from .files import check_exists, check_output, named_after
 from .report import _STYLE, _two_columns
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 # %% auto #0
-__all__ = ['svg_bars', 'write_report', 'diagnose_files']
+__all__ = ['svg_bars', 'write_report', 'diagnose_files', 'readiness_files']
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #a974d0b8
 def _span(chart: Bars) -> tuple[float, float]:
@@ -107,35 +111,68 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 <title>{title}</title><style>{style}</style></head><body>{body}<footer>{footer}</footer></body></html>"""
 
 
-def write_report(path: str | Path, diagnosis: Diagnosis, title: str = "Diagnosis") -> Path:
-    "Write the self-contained HTML page atomically and return its path."
+def write_report(path: str | Path, diagnosis: Diagnosis, title: str = "Diagnosis", reading: str = _READING) -> Path:
+    "Write the self-contained HTML page atomically and return its path; `reading`: the last section, as HTML."
     counts = {s: sum(f.severity == s for f in diagnosis.findings) for s in SEVERITIES}
     told = ", ".join(f"{n} {_WORDS[s]}" for s, n in counts.items() if n)
     body = (f"<h1>{html.escape(title)}</h1><p class=soft>{len(diagnosis.sources)} sources, {diagnosis.genes} common genes. {len(diagnosis.findings)} findings: {told}.</p>"
             f"<h2>What matters</h2>{_summary(diagnosis)}<h2>Sources</h2>{_overview(diagnosis)}"
-            f"<h2>Findings</h2>{''.join(map(_finding_html, diagnosis.findings))}<h2>How to read this</h2>{_READING}")
+            f"<h2>Findings</h2>{''.join(map(_finding_html, diagnosis.findings))}<h2>How to read this</h2>{reading}")
     footer = html.escape(f"profile {diagnosis.profile}, seed {diagnosis.seed}, " + ", ".join(f"{k} {v}" for k, v in versions_info().items()))
     with atomic_path(path) as tmp:
         Path(tmp).write_text(_PAGE.format(title=html.escape(title), style=_STYLE + _MORE_STYLE, body=body, footer=footer), encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #9263e651
-def diagnose_files(slides: Sequence[str | Path], cells: str | Path | None = None, report: str | Path | None = None, *, seed: int = 0, profile: str = "toy",
-                   min_genes: int = 50, training: bool = True, progress: bool = True) -> Diagnosis:
-    """`encoder.diagnose.diagnose` on files (`data.io.read` says which) and, if wanted, the page. Raises `InputError` before anything is written."""
+def _read_all(slides: Sequence[str | Path], cells: str | Path | None, report: str | Path | None, profile: str, suffixes: Sequence[str]) -> tuple[list[AnnData], AnnData | None]:
+    "Slides and cells from files, after all refusals that need no data."
     from gears_nb.data.io import read, read_many
-    from gears_nb.encoder.diagnose import SETTINGS, diagnose
+    from gears_nb.encoder.diagnose import SETTINGS
 
     inputs = [*slides, *([cells] if cells is not None else [])]
     check_exists(slides, "--slides"), check_exists(inputs[len(slides):], "--cells")
     if report is not None:
-        check_output(report, "--report", ".html", inputs)
+        ending = Path(report).suffix.lower()
+        check_output(report, "--report", ending if ending in suffixes else suffixes[0], inputs)
     if profile not in SETTINGS:
         raise InputError("diagnose", "--profile", f"there is no {profile!r}", f"use one of {', '.join(SETTINGS)}")
-    tables = read_many(slides, spatial=True, min_spots=10)
-    query = None if cells is None else read(cells, spatial=False)
+    return read_many(slides, spatial=True, min_spots=10), None if cells is None else read(cells, spatial=False)
+
+
+def _title(kind: str, slides: Sequence[str | Path]) -> str:
+    return f"{kind} of " + ", ".join(Path(str(s)).name for s in slides)
+
+
+def diagnose_files(slides: Sequence[str | Path], cells: str | Path | None = None, report: str | Path | None = None, *, seed: int = 0, profile: str = "toy",
+                   min_genes: int = 50, training: bool = True, progress: bool = True) -> Diagnosis:
+    """`encoder.diagnose.diagnose` on files (`data.io.read` says which) and, if wanted, the page. Raises `InputError` before anything is written."""
+    from gears_nb.encoder.diagnose import diagnose
+
+    tables, query = _read_all(slides, cells, report, profile, (".html",))
     with named_after({"cells": cells} if cells is not None else {}):
         found = diagnose(tables, query, seed=seed, profile=profile, min_genes=min_genes, training=training, progress=progress)
     if report is not None:
-        write_report(report, found, "Diagnosis of " + ", ".join(Path(str(s)).name for s in slides))
+        write_report(report, found, _title("Diagnosis", slides))
+    return found
+
+# %% ../../nbs/runs/09_diagnose_report.ipynb #rd000002
+_READY = """<p>Every threshold is measured on slides that took no part in training: each slide is the test slide once. <b>PASS</b> and <b>FAIL</b> are computed from the number and the
+threshold beside it; one failed line is a <b>NO GO</b>. <b>E_geo</b> is the energy of a layout against the true one, zero at the truth; its absolute size depends on how losses are
+normalised, so read it beside the other energies of the same table (first guess, true edges), which the numbers of the first lines hold.</p>"""
+
+
+def readiness_files(slides: Sequence[str | Path], cells: str | Path | None = None, report: str | Path | None = None, *, seed: int = 0, seeds: int = 5, profile: str = "toy",
+                    model: str = "d7", overrides: dict[str, Any] | None = None, jobs: int | None = None, progress: bool = True) -> Diagnosis:
+    "`structure.readiness.readiness` on files and, if wanted, the page (.html) or the findings (.json). Raises `InputError` before anything is written."
+    from gears_nb.structure.readiness import readiness
+
+    if seeds < 1 or (jobs is not None and jobs < 1):
+        raise InputError("readiness", "--seeds" if seeds < 1 else "--jobs", "is below 1", "give a positive number")
+    tables, query = _read_all(slides, cells, report, profile, (".html", ".json"))
+    with named_after({"cells": cells} if cells is not None else {}):
+        found = readiness(tables, query, seed=seed, seeds=seeds, profile=profile, base=model, diff=overrides, jobs=jobs, progress=progress)
+    if report is not None and Path(report).suffix.lower() == ".json":
+        write_json(report, found.to_dict())
+    elif report is not None:
+        write_report(report, found, _title("Readiness", slides), _READY)
     return found

@@ -5,24 +5,26 @@
 # %% ../../nbs/structure/02_gate.ipynb #ba96adbf
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.errors import InputError
 from ..targets.energy import kl_rows, masked_mean
 from ..targets.builder import GeoTargets
 
 # %% auto #0
-__all__ = ['candidate_mask', 'oracle_edges', 'GateLogits', 'EdgeGateSoft', 'gate_kl', 'random_support']
+__all__ = ['directed_neighbours', 'candidate_mask', 'oracle_edges', 'GateLogits', 'candidate_pairs', 'place_logits',
+           'EdgeGateSoft', 'off_diagonal', 'log_gate_walk', 'gate_targets', 'gate_kl', 'random_support']
 
 # %% ../../nbs/structure/02_gate.ipynb #93fd3114
 @torch.no_grad()
-def candidate_mask(H: Tensor, k_cand: int, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
-    """Candidate edges `(B, n, n)`: symmetrised kNN of embeddings `H` `(B, n, d)`, diagonal kept.
-
-    `k_cand` is capped by the number of other real rows. Euclidean distance, or cosine if asked. O(B n^2) memory."""
+def directed_neighbours(H: Tensor, k: int, mask: Tensor | None = None, *, cosine: bool = False) -> tuple[Tensor, Tensor]:
+    "The `k` nearest of each real row, all ties in, itself out, `(B, n, n)`; and the distances, inf where there is no pair."
     B, n, _ = H.shape
     mask = torch.ones(B, n, dtype=torch.bool, device=H.device) if mask is None else mask
     eye = torch.eye(n, dtype=torch.bool, device=H.device)
@@ -32,9 +34,16 @@ def candidate_mask(H: Tensor, k_cand: int, mask: Tensor | None = None, *, cosine
         d = torch.cdist(H, H, compute_mode="donot_use_mm_for_euclid_dist")
     real = mask[:, :, None] & mask[:, None, :] & ~eye
     d = d.masked_fill(~real, torch.inf)
-    limit = d.topk(min(k_cand, n - 1), largest=False, sorted=False).values.amax(-1, keepdim=True)
-    near = (d <= limit) & real
-    return near | near.transpose(1, 2) | eye
+    limit = d.topk(min(k, n - 1), largest=False, sorted=False).values.amax(-1, keepdim=True)
+    return (d <= limit) & real, d
+
+
+def candidate_mask(H: Tensor, k_cand: int, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
+    """Candidate edges `(B, n, n)`: symmetrised kNN of embeddings `H` `(B, n, d)`, diagonal kept.
+
+    `k_cand` is capped by the number of other real rows. Euclidean distance, or cosine if asked. O(B n^2) memory."""
+    near, _ = directed_neighbours(H, k_cand, mask, cosine=cosine)
+    return near | near.transpose(1, 2) | torch.eye(near.shape[-1], dtype=torch.bool, device=H.device)
 
 # %% ../../nbs/structure/02_gate.ipynb #9d165f64
 def oracle_edges(targets: GeoTargets) -> Tensor:
@@ -47,7 +56,7 @@ def oracle_edges(targets: GeoTargets) -> Tensor:
 # %% ../../nbs/structure/02_gate.ipynb #d3f0a51a
 @dataclass(frozen=True)
 class GateLogits:
-    "Gate logits `(B, n, n)`, -inf off `support`, 0 on the diagonal, and the support `(B, n, n)` they belong to."
+    "Gate logits `(B, n, n)`, or `(B, h, n, n)` by head: -inf off `support` `(B, n, n)`, 0 on the diagonal."
     logits: Tensor
     support: Tensor
 
@@ -57,48 +66,84 @@ class GateLogits:
             raise ValueError("gate logits were computed on another support; recompute the gate, or run with the gate off")
         return self.logits
 
+# %% ../../nbs/structure/02_gate.ipynb #a5gate01
+def candidate_pairs(support: Tensor) -> tuple[Tensor, Tensor]:
+    "Every unordered candidate pair once: flat row numbers `b n + i` and `b n + j`, `i < j`, each `(E,)`."
+    b, i, j = support.triu(1).nonzero(as_tuple=True)
+    return b * support.shape[-1] + i, b * support.shape[-1] + j
+
+
+def place_logits(values: Tensor, row: Tensor, col: Tensor, support: Tensor) -> Tensor:
+    "`values` `(2E, h)` of the pairs, there and then back, as `(B, h, n, n)`: 0 on the diagonal, -inf off the support."
+    (B, n, _), h = support.shape, values.shape[1]
+    blank = torch.full((n, n), -torch.inf, dtype=values.dtype, device=values.device).fill_diagonal_(0.0)
+    where = torch.cat([row * n + col % n, col * n + row % n])
+    if h == 1:
+        return blank.expand(B, n, n).flatten().index_put((where,), values[:, 0]).view(B, 1, n, n)
+    flat = blank.expand(B, n, n).reshape(-1, 1).expand(-1, h).contiguous()
+    return flat.index_put((where,), values).view(B, n, n, h).permute(0, 3, 1, 2)
+
 # %% ../../nbs/structure/02_gate.ipynb #c4321046
 class EdgeGateSoft(nn.Module):
     "Soft gate on candidate edges (003, EdgeGateSoft): an MLP on `[h_i, h_j, |h_i - h_j|, h_i * h_j]`."
 
-    def __init__(self, *, dim_in: int = 128, dim: int = 32, hidden: int = 32, clip: float = 5.0):
+    def __init__(self, *, dim_in: int = 128, dim: int = 32, hidden: int = 32, clip: float = 5.0, heads: int | None = None):
         super().__init__()
-        self.clip = clip                                         # logits stay in [-clip, clip]
+        self.clip, self.heads = clip, heads                      # logits stay in [-clip, clip]; heads None: one gate for all
         self.project = nn.Sequential(nn.LayerNorm(dim_in), nn.Linear(dim_in, dim))
         self.nodes = nn.Linear(dim, 2 * hidden)                  # W1 h_i and W2 h_j
         self.pairs = nn.Linear(2 * dim, hidden, bias=False)      # W3 |h_i - h_j| + W4 (h_i * h_j)
-        self.out = nn.Linear(hidden, 1, bias=False)
+        self.out = nn.Linear(hidden, heads or 1, bias=False)
 
     def forward(self, H: Tensor, support: Tensor) -> GateLogits:
         "Logits of embeddings `H` `(B, n, d)` on the symmetric `support` `(B, n, n)`."
-        B, n, _ = H.shape
-        b, i, j = support.triu(1).nonzero(as_tuple=True)         # each unordered candidate pair once
+        row, col = candidate_pairs(support)
         h = self.project(H).flatten(0, 1)
         first, second = self.nodes(h).chunk(2, -1)
-        row, col = b * n + i, b * n + j
         h_i, h_j = h.index_select(0, row), h.index_select(0, col)
         shared = self.pairs(torch.cat([(h_i - h_j).abs(), h_i * h_j], -1))
         there = self._score(first.index_select(0, row) + second.index_select(0, col) + shared)
         back = self._score(first.index_select(0, col) + second.index_select(0, row) + shared)
-        eye = torch.eye(n, dtype=torch.bool, device=H.device)
-        g = torch.where(eye, 0.0, -torch.inf).to(there.dtype).expand(B, n, n).clone()
-        g = g.index_put((torch.cat([b, b]), torch.cat([i, j]), torch.cat([j, i])), torch.cat([there, back]))
-        return GateLogits(g, support)
+        g = place_logits(torch.cat([there, back]), row, col, support)
+        return GateLogits(g if self.heads else g[:, 0], support)
 
     def _score(self, x: Tensor) -> Tensor:
-        return self.clip * torch.tanh(self.out(F.gelu(x))[:, 0] / self.clip)
+        return self.clip * torch.tanh(self.out(F.gelu(x)) / self.clip)
 
 # %% ../../nbs/structure/02_gate.ipynb #67728bb7
-def gate_kl(gate: GateLogits, targets: GeoTargets) -> Tensor:
-    "Mean over rows and minisets of KL(true walk on the support || softmax of the gate); scalar."
-    eye = torch.eye(gate.support.shape[-1], dtype=torch.bool, device=gate.support.device)
-    edges = gate.support & ~eye
-    p = targets.rw_transitions[1].to(gate.logits.dtype) * edges
-    mass = p.sum(-1, keepdim=True)
-    rows = targets.mask & (mass[..., 0] > 0)
-    live = edges | ~edges.any(-1, keepdim=True)                  # rows without edges: any finite softmax, masked below
-    log_q = gate.logits.masked_fill(~edges, -torch.inf).masked_fill(live & ~edges, 0.0).log_softmax(-1)
-    return masked_mean(kl_rows(p / mass.clamp(min=1e-12), log_q).flatten(), rows.flatten())
+def off_diagonal(support: Tensor) -> Tensor:
+    "The edges `(B, n, n)` of a support, without its diagonal."
+    return support & ~torch.eye(support.shape[-1], dtype=torch.bool, device=support.device)
+
+
+def log_gate_walk(gate: GateLogits, edges: Tensor) -> Tensor:
+    "Log of the walk `(B, n, n)` of a gate over `edges`, -inf elsewhere, heads averaged; rows without edges are uniform."
+    g = gate.logits if gate.logits.ndim == 4 else gate.logits[:, None]
+    off, bare = ~edges[:, None], ~edges.any(-1)[:, None, :, None]
+    log_q = g.masked_fill(off, -torch.inf).masked_fill(bare, 0.0).log_softmax(-1)
+    if g.shape[1] == 1:
+        return log_q[:, 0]
+    mixed = log_q.masked_fill(off & ~bare, -1e4).logsumexp(1) - math.log(g.shape[1])  # -inf has no gradient here
+    return mixed.masked_fill((off & ~bare)[:, 0], -torch.inf)
+
+
+def gate_targets(targets: GeoTargets, edges: Tensor, steps: Sequence[int] = (1,)) -> tuple[Tensor, Tensor]:
+    "What a gate should say on `edges`: mean `(B, n, n)` of the walks of `steps`, each renormalised there; rows `(B, n)` that have any."
+    if not steps or not set(steps) <= set(targets.rw_transitions):
+        raise InputError("gate_targets", "steps", f"{tuple(steps)}, the targets hold {tuple(targets.rw_transitions)}", "use steps of the targets")
+    total, count = 0.0, 0
+    for s in steps:
+        p = targets.rw_transitions[s] * edges
+        mass = p.sum(-1, keepdim=True)
+        total, count = total + p / mass.clamp(min=1e-12), count + (mass > 0)
+    return total / count.clamp(min=1), targets.mask & (count[..., 0] > 0)
+
+
+def gate_kl(gate: GateLogits, targets: GeoTargets, steps: Sequence[int] = (1,), *, diagonal: bool = False) -> Tensor:
+    "Mean over rows and minisets of KL(true walk on the support || softmax of the gate); scalar. `diagonal`: let self-edges take part."
+    edges = gate.support if diagonal else off_diagonal(gate.support)
+    p, rows = gate_targets(targets, edges, steps)
+    return masked_mean(kl_rows(p.to(gate.logits.dtype), log_gate_walk(gate, edges)).flatten(), rows.flatten())
 
 # %% ../../nbs/structure/02_gate.ipynb #c6802dc7
 def _swap_round(A: Tensor, rng: torch.Generator) -> Tensor:
