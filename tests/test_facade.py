@@ -172,11 +172,12 @@ def test_the_adapter_moves_queries_only(data, quick_adapter):
     assert gap(b) < 0.7 * gap(a)
 
 
-def test_the_adapter_follows_the_order_of_cells(gears, data, quick_adapter):
-    model, order = Gears(settings(**{"encoder.adapter": True})), np.random.default_rng(0).permutation(data[2].n_obs)
-    model._fitted = gears.fitted
+def test_the_adapter_follows_the_order_of_cells(networked, data, quick_adapter):
+    """With 32 dimensions: in 128, two hundred cells leave directions empty, in which Adam turns rounding into steps."""
+    model, order = Gears(settings(**{"encoder.kind": "network", "encoder.adapter": True})), np.random.default_rng(0).permutation(data[2].n_obs)
+    model._fitted = networked.fitted
     a, b = (model.embed(cells).obsm["H_gears"] for cells in (data[2], data[2][order].copy()))
-    assert np.abs(b - a[order]).max() < 0.01 * np.abs(a).max()  # more dimensions than cells carry: the whitening magnifies rounding
+    np.testing.assert_allclose(b, a[order], atol=1e-3)
 
 
 # repeatability --------------------------------------------------------------------------------------------------------

@@ -586,3 +586,16 @@ def test_a_facade_of_another_rung_comes_back_from_disk_sealed(tmp_path):
     for model in (*gears.fitted.models, *again.fitted.models):
         with pytest.raises(InputError, match="sealed"):
             model(H, edges=everyone)
+
+
+def test_columns_for_the_gate_alone_never_reach_the_blocks():
+    rng = np.random.default_rng(0)
+    H, c = rng.normal(size=(90, 12)).astype(np.float32), rng.uniform(size=(90, 2)).astype(np.float32)
+    config = profile("smoke", progress=False, **{"structure.guess_epochs": 1, "structure.minisets_per_epoch": 4, "structure.gate_pretrain": 1}).structure
+    model, histories = fit_member([H], [c], config, profile("smoke").targets, rung=rung("d7", gate_columns=4))
+    assert {"guess", "gate", "refine"} <= set(histories) and model.refine.guess.first.in_features == 8
+    few = torch.from_numpy(H[None, :60]).clone()
+    plain = Ladder(12, config, rung=rung("plain", gate_columns=4)).eval()
+    before, other = plain(few).X, few.clone()
+    other[..., 8:] = 100.0
+    assert torch.equal(plain(other).X, before), "without a gate nobody reads the columns"

@@ -36,7 +36,7 @@ from .fit import Reference, fit_member
 from .gate import GateLogits, off_diagonal, oracle_edges
 from .gateformer import gate_metrics
 from .graphs import candidate_recall
-from .protocol import GeometryModel, geometry_loss
+from .protocol import GeometryModel, geometry_loss, model_class
 from .rungs import Rung, rung
 from ..targets.builder import GeoTargets, build_targets, pair_mask, squared_distances
 from ..targets.energy import energy, masked_mean
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 __all__ = ['Source', 'EDGES', 'MINISETS', 'HEALTH', 'GATE', 'LADDER', 'CHEAP', 'CARE', 'Fold', 'split', 'embed_slides',
            'workshop', 'folds', 'Variant', 'variant', 'ExamSettings', 'Exam', 'set_exam', 'averaged', 'anchors', 'best',
            'found', 'health', 'healthy', 'measure_gate', 'measure_attention', 'measure_batch', 'measure',
-           'train_variant', 'fixed_edges_loss', 'Job', 'train_and_measure', 'compute_row', 'FailedRows', 'base_config',
-           'plan', 'run_variants', 'compare', 'cost_of_a_row']
+           'train_variant', 'trained', 'fixed_edges_loss', 'Job', 'train_and_measure', 'compute_row', 'FailedRows',
+           'base_config', 'plan', 'run_variants', 'compare', 'cost_of_a_row']
 
 # %% ../../nbs/structure/09_experiments.ipynb #e9d731cf
 Source = tuple[np.ndarray, np.ndarray]
@@ -312,6 +312,19 @@ def train_variant(v: Variant, fold: Fold, seed: int) -> GeometryModel:
     H, coords = zip(*fold.train)
     c = override(v.config, changes)
     return fit_member(H, coords, c.structure, c.targets, seed=seed, rung=v.rung, loss=loss)[0]
+
+
+def trained(v: Variant, fold: Fold, seed: int, store: Store | None = None) -> tuple[GeometryModel, float]:
+    "The model of a row in evaluation mode, kept under everything it depends on, and the CPU seconds of its training."
+    store, key = store or workshop(), f"models/{v.key(seed, fold, '', code_digest(('structure', 'targets')))}"
+    if not store.has(key):
+        start = time.process_time()
+        state = train_variant(v, fold, seed).state_dict()
+        store.save(key, state, {"seconds": time.process_time() - start})
+    tensors, meta = store.load(key)
+    model = model_class(v.config.structure.model)(fold.test[0].shape[1], v.config.structure, targets=v.config.targets, rung=v.rung)
+    model.load_state_dict(tensors)
+    return model.eval(), meta["seconds"]
 
 
 def fixed_edges_loss(model: GeometryModel, batch: tuple[Tensor, GeoTargets], epoch: int, rng: torch.Generator, edges: str) -> dict[str, Tensor]:
