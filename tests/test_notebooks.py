@@ -32,6 +32,7 @@ def run_alone(path):
     import matplotlib
     from nbdev.test import test_nb
     matplotlib.rcdefaults()
+    os.cpu_count = lambda: 1  # experiments open a process pool for every core, and a pool inside a fork of pytest waits for ever
     os.chdir(path.parent)
     passed, _ = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
     sys.stdout.flush()
