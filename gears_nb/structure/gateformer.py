@@ -22,7 +22,7 @@ __all__ = ['HeadGate', 'EdgeNet', 'ContextLayer', 'ContextualGate', 'rank_loss',
 
 # %% ../../nbs/structure/06_gateformer.ipynb #2e716308
 class HeadGate(EdgeGateSoft):
-    "`EdgeGateSoft` with one logit per attention head: logits `(B, heads, n, n)`."
+    "`EdgeGateSoft` with one logit per attention head: logits `(B, heads, n, n)` (003, experiment 10)."
 
     def __init__(self, dim_in: int, *, heads: int = 4, dim: int = 32, hidden: int = 32, clip: float = 5.0):
         super().__init__(dim_in=dim_in, dim=dim, hidden=hidden, clip=clip, heads=heads)
@@ -46,7 +46,7 @@ class EdgeNet(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    "Cells attend to their candidates and to themselves, with a bias from the edges."
+    "Cells attend to their candidates and to themselves, with a bias from the edges (003, Contextual GateFormer)."
 
     def __init__(self, *, dim: int, edge: int, heads: int):
         super().__init__()
@@ -125,7 +125,7 @@ def rank_loss(gate: GateLogits, targets: GeoTargets, margin: float = 1.0, *, pos
 
 # %% ../../nbs/structure/06_gateformer.ipynb #d1fd7171
 def trust_kl(gate: GateLogits, frozen: GateLogits) -> Tensor:
-    "Mean over rows with edges of KL(frozen walk || present walk); scalar. No gradient to `frozen`; `ValueError` on different supports."
+    "Mean over rows with edges of KL(frozen walk || present walk) (003, Topo-IPA-R, phase 3); scalar. No gradient to `frozen`; `ValueError` on different supports."
     before = GateLogits(frozen.on(gate.support).detach(), gate.support)
     edges = off_diagonal(gate.support)
     rows = kl_rows(log_gate_walk(before, edges).exp(), log_gate_walk(gate, edges))
@@ -154,7 +154,7 @@ def row_correlation(q: Tensor, p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def gate_metrics(gate: GateLogits, targets: GeoTargets, frozen: GateLogits | None = None, *, k: int = 30) -> dict[str, float]:
-    """How good a gate is, as means over real rows: kl, precision30, recall30, entropy, correlation, logit_std, recall20 of its candidates.
+    """How good a gate is, as means over real rows: kl, precision30, recall30, entropy, correlation, logit_std, recall20 of its candidates (003, what to log of a gate).
 
     `k`: how many candidates count as chosen (names keep the 30). `frozen`: an earlier gate on the same support, adds drift."""
     edges, truth = off_diagonal(gate.support), off_diagonal(oracle_edges(targets))

@@ -25,7 +25,7 @@ __all__ = ['GEOMETRY', 'coordinate_update', 'Maps', 'Content', 'Distance', 'Poin
 
 # %% ../../nbs/structure/03_ipa.ipynb #139bd5b2
 def coordinate_update(attention: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """`sum_h A_h sum_j a_ij^h (x_j - x_i)`: attention `(B, h, n, n)`, points `(B, n, 2)`, maps `A` `(h, 2, 2)` -> `(B, n, 2)`.
+    """`sum_h A_h sum_j a_ij^h (x_j - x_i)`: attention `(B, h, n, n)`, points `(B, n, 2)`, maps `A` `(h, 2, 2)` -> `(B, n, 2)` (003, common part; compare EGNN, Satorras et al. 2021, eq. 4).
 
     Translation equivariant for any `A`; rotation equivariant when every `A_h` commutes with rotations (see `Maps`)."""
     with torch.autocast(x.device.type, enabled=False):              # coordinates never in half precision
@@ -50,7 +50,7 @@ class Maps(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #6dadc1bd
 class Content(nn.Module):
-    "`tau_h <q, k>` of unit queries and keys `(B, h, n, d)` -> `(B, h, n, n)`; tau `none`: `<q, k> / sqrt(d)` of raw ones."
+    "`tau_h <q, k>` of unit queries and keys `(B, h, n, d)` -> `(B, h, n, n)` (QK-norm: Henry et al. 2020); tau `none`: `<q, k> / sqrt(d)` of raw ones."
 
     RANGES = {"learned": (1.0, 10.0, -0.7), "clamped": (0.5, 4.0, -1.8)}     # low, high, start: tau near 4, near 1
 
@@ -70,7 +70,7 @@ class Content(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5geo002
 class Distance(nn.Module):
-    "`clip(-gamma_h |x_i - x_j|^2, -clip, 0)`; clip None: unbounded."
+    "`clip(-gamma_h |x_i - x_j|^2, -clip, 0)` (003, D7); clip None: unbounded."
 
     def __init__(self, dim: int, heads: int, clip: float | None = 10.0):
         super().__init__()
@@ -225,13 +225,13 @@ def dropout(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
 
 
 def augment(H: Tensor, mask: Tensor, noise: float, drop: float, rng: torch.Generator | None) -> Tensor:
-    "`H` `(B, n, d)` with Gaussian noise (in units of its standard deviation over real rows) and dropped entries."
+    "`H` `(B, n, d)` with Gaussian noise (in units of its standard deviation over real rows) and dropped entries (003, augmentation)."
     spread = H[mask].std()
     return dropout(H + noise * spread * randn(rng, *H.shape, like=H), drop, rng)
 
 
 def drop_edges(support: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    "Remove a share `p` of the edges of a symmetric support `(B, n, n)`; keeps the diagonal and one edge per connected row."
+    "Remove a share `p` of the edges of a symmetric support `(B, n, n)` (003, augmentation); keeps the diagonal and one edge per connected row."
     eye = torch.eye(support.shape[-1], dtype=torch.bool, device=support.device)
     keep = (rand(rng, *support.shape).to(support.device) >= p).triu(1)
     left = support & (keep | keep.transpose(1, 2)) & ~eye
@@ -250,7 +250,7 @@ def repulsion(X: Tensor, mask: Tensor) -> Tensor:
 
 
 def entropy_deficit(attention: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    "Mean of `1 - entropy / log(degree)` over real rows with at least two edges and over heads; `(B,)`."
+    "Mean of `1 - entropy / log(degree)` over real rows with at least two edges and over heads (003, attention entropy); `(B,)`."
     entropy = -(attention * attention.clamp(min=1e-12).log()).sum(-1)
     degree = support.sum(-1)
     deficit = 1 - entropy.mean(1) / degree.clamp(min=2).log()
@@ -258,7 +258,7 @@ def entropy_deficit(attention: Tensor, support: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/structure/03_ipa.ipynb #a4b158e2
 def rw_weight(epoch: int, warmup: int = 1, ramp: int = 6, cap: float = 0.3) -> float:
-    "Weight of `L_RW`: 0 for `warmup` epochs, then linear over `ramp` epochs to `cap`."
+    "Weight of `L_RW`: 0 for `warmup` epochs, then linear over `ramp` epochs to `cap` (003, losses)."
     return cap * min(1.0, max(0, epoch - warmup + 1) / max(ramp, 1))
 
 # %% ../../nbs/structure/03_ipa.ipynb #07bdbf85
@@ -278,7 +278,7 @@ class CoordinateHead(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5step02
 class Steps(nn.Module):
-    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor`."
+    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor` (003, D2 and experiment 5)."
 
     def __init__(self, recycles: int, *, theta: float = 0.4, learned: bool = True, floor: float = 0.0):
         super().__init__()
@@ -294,7 +294,7 @@ class Steps(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #01856f3b
 class Recycler(nn.Module):
-    "First guess from `H`, then recycles of blocks on a given graph. `block(near)` makes a block; near: it will see the geometry."
+    "First guess from `H`, then recycles of blocks on a given graph (recycling: Jumper et al. 2021). `block(near)` makes a block; near: it will see the geometry."
 
     def __init__(self, block: Callable[[bool], nn.Module], *, dim_in: int, dim: int = 64, hidden: int = 128, head_dropout: float = 0.1,
                  recycles: int = 5, shared: bool = True, steps: Steps | None = None,
@@ -349,7 +349,7 @@ def trace_record(first: Tensor, seen: list[tuple[Tensor, Tensor]], support: Tens
 
 # %% ../../nbs/structure/03_ipa.ipynb #a1guess1
 def guess_loss(model: GeometryModel, batch: tuple[Tensor, Tensor], epoch: int = 0, rng: torch.Generator | None = None) -> dict[str, Tensor]:
-    """`L_0` of the coordinate head alone, for `core.training.train`; batch: `H` `(B, n, d)` and target distances `(B, n, n)`."""
+    """`L_0` of the coordinate head alone, for `core.training.train` (Stress-1: Kruskal 1964); batch: `H` `(B, n, d)` and target distances `(B, n, n)`."""
     H, delta = batch
     everyone = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device)
     H = augment(H, everyone, model.config.h_noise, model.config.h_dropout, rng) if model.training else H

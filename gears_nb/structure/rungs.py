@@ -191,20 +191,20 @@ def gate_terms(gate: GateLogits, targets: GeoTargets, choice: Rung, before: Gate
 
 
 def loss_weights(config: StructureConfig, choice: Rung, stress_weight: float, epoch: int) -> dict[str, float]:
-    "Weight of every term in this epoch; the first guess gets half the weight of the last coordinates."
+    "Weight of every term in this epoch (003, losses); the first guess gets half the weight of the last coordinates."
     return {"rw": rw_weight(epoch, config.warmup, config.rw_ramp, config.rw_cap), "stress": stress_weight,
             "stress0": stress_weight / 2, "repulsion": config.repulsion, "entropy": config.entropy, "gate": config.gate_weight,
             "rank": choice.rank_weight, "trust": choice.trust_weight, "distil": choice.distil_weight}
 
 
 def beta_share(choice: Rung, beta: float, epoch: int) -> float:
-    "Weight of the gate in `epoch`: linear from `beta_start` to `beta` over `beta_ramp` epochs, then `beta`."
+    "Weight of the gate in `epoch`: linear from `beta_start` to `beta` over `beta_ramp` epochs, then `beta` (003, Topo-IPA-R)."
     done = min(1.0, epoch / choice.beta_ramp) if choice.beta_ramp else 1.0
     return choice.beta_start + (beta - choice.beta_start) * done if done < 1 else beta
 
 # %% ../../nbs/structure/07_rungs.ipynb #51b1031f
 def check_edges(gate: GateLogits | None, graph: Tensor | None, allowed: bool) -> None:
-    "Refuse true edges beside gate logits or another graph, and wherever they were not asked for by name."
+    "Refuse true edges beside gate logits or another graph, and wherever they were not asked for by name (003, oracle guard)."
     if gate is not None or graph is not None:
         raise InputError("Ladder", "edges", "true edges were passed together with gate logits or a graph", "run the oracle with edges= alone, the gate is off")
     if not allowed:
@@ -350,7 +350,7 @@ def gate_loss(model: Ladder, batch: Batch, epoch: int = 0, rng: torch.Generator 
 
 
 def pretrain_gate(model: Ladder, batches: Sequence[Batch], steps: int, lr: float = 1e-3, weight_decay: float = 5e-4) -> list[float]:
-    "Train `model.gate` alone for `steps` steps over `batches` (cycled); returns the loss of every step."
+    "Train `model.gate` alone for `steps` steps over `batches` (cycled) (003, phase 1); returns the loss of every step."
     optimiser = torch.optim.AdamW(model.gate.parameters(), lr=lr, weight_decay=weight_decay)
     history = []
     device = next(model.parameters()).device
