@@ -114,50 +114,84 @@ def step_size(trace: AttentionTrace) -> np.ndarray:
     return np.sqrt(np.square(np.diff(trace.x, axis=0)).sum(-1).mean(-1))
 
 # %% ../../nbs/attention/01_trace.ipynb #877f060d
+class _Edges:
+    "Takes the edges of a graph `(B, n, n)` out of dense tensors; `sizes`: real cells of each miniset (padding comes last)."
+
+    def __init__(self, support: Tensor, sizes: Sequence[int]):
+        self.pairs = [s[:m, :m].nonzero(as_tuple=True) for s, m in zip(support, sizes)]
+        self.flat = [row * support.shape[-1] + col for row, col in self.pairs]
+
+    def __call__(self, t: Tensor) -> list[Tensor]:
+        "`(B, n, n)` or `(B, h, n, n)` -> per miniset `(1 or h, E)`."
+        return [m.reshape(len(m), -1).index_select(-1, f) for m, f in zip(by_head(t), self.flat)]
+
+    def stacked(self, ts: Tensor, b: int) -> Tensor:
+        "Miniset `b` of `(R, B, h, n, n)` -> `(R, h, E)`, written once."
+        out = ts.new_empty(len(ts), ts.shape[2], len(self.flat[b]))
+        for t, to in zip(ts[:, b], out):
+            torch.index_select(t.reshape(len(t), -1), -1, self.flat[b], out=to)
+        return out
+
+
+@dataclass(eq=False)
+class _Notes:
+    "What was heard: the edges, and per recycle the parts' outputs on them, by name."
+
+    sizes: Sequence[int]
+    bias_too: bool
+    edges: _Edges | None = None
+    recycles: list[dict[str, list[Tensor]]] = field(default_factory=list)
+
+    def begin(self, bias: Tensor) -> None:
+        "A block was called with `bias`."
+        self.edges = self.edges or _Edges(~by_head(bias)[:, 0].isneginf(), self.sizes)
+        self.recycles.append({"bias": self.edges(bias)} if self.bias_too else {})
+
+    def hear(self, name: str, out: Tensor) -> None:
+        "A part of the present block returned `out`."
+        self.recycles[-1][name] = self.edges(out)
+
+# %% ../../nbs/attention/01_trace.ipynb #c1f0d2e8
 @contextmanager
-def _listening(model: Ladder) -> Iterator[list[dict[str, Tensor]]]:
-    "One dictionary per recycle with what its parts returned: qk and geo `(B, h, n, n)`; and, in the first, `biases`, `gate`, `pair` of the forward pass."
-    heard: list[dict[str, Tensor]] = []
-    off = []
+def _listening(model: Ladder, sizes: Sequence[int]) -> Iterator[_Notes]:
+    "Notes of the next forward pass of `model`."
+    notes, off = _Notes(sizes, model.pair is not None), []
 
     def on(part: nn.Module | None, name: str) -> None:
         if isinstance(part, nn.Module):
-            off.append(part.register_forward_hook(lambda _, __, out: heard[-1].__setitem__(name, out)))
+            off.append(part.register_forward_hook(lambda _, __, out: notes.hear(name, out)))
 
     for block in dict.fromkeys(model.refine.blocks):
-        off.append(block.register_forward_pre_hook(lambda _, args: heard.append({"bias": args[2]})))
+        off.append(block.register_forward_pre_hook(lambda _, args: notes.begin(args[2])))
         on(getattr(block, "content", None), "qk"), on(getattr(block, "geo", None), "geo")
     try:
-        yield heard
+        yield notes
     finally:
         for handle in off:
             handle.remove()
 
 # %% ../../nbs/attention/01_trace.ipynb #3a64cfc7
-def _gate_shares(model: Ladder, support: Tensor, gate: Tensor | None) -> list[Tensor]:
-    "`beta_r * g` `(B, 1 or h, n, n)` as each recycle hears it, 0 off the graph."
-    if gate is None:
-        return [torch.zeros(support.shape, device=support.device)[:, None]] * model.recycles
+def _gate_shares(model: Ladder, g: Tensor) -> Tensor:
+    "`beta_r * g` as each recycle hears it: gate logits `(1 or h, E)` -> `(R, 1 or h, E)`."
     beta = model.beta if model.ramped is None else model.ramped
-    weights = [beta] * model.recycles if model.betas is None else model.betas.clamp(0, 2.5)
-    g = by_head(gate).masked_fill(~support[:, None], 0.0)
-    clip = model.rung.bias_clip
-    return [w * g if clip is None else (w * g).clamp(-clip, clip) for w in weights]
+    weights = torch.full((model.recycles,), float(beta), device=g.device) if model.betas is None else model.betas.clamp(0, 2.5)
+    shares, clip = weights[:, None, None] * g, model.rung.bias_clip
+    return shares if clip is None else shares.clamp(-clip, clip)
 
 
-def _logit_terms(model: Ladder, heard: Sequence[Mapping[str, Tensor]], support: Tensor, gate: Tensor | None, heads: int) -> dict[str, Tensor]:
-    "Terms `(R, B, h, n, n)` of all recycles, 0 off the graph; those that no recycle has are left out."
-    off, out, shape = ~support[:, None], {}, (len(support), heads, *support.shape[1:])
-    full = lambda t: torch.zeros(shape, device=support.device) if t is None else t.masked_fill(off, 0.0).expand(shape)
+def _logit_terms(model: Ladder, notes: _Notes, b: int, gate: Tensor | None, heads: int) -> dict[str, np.ndarray]:
+    "Terms `(R, h, E)` of miniset `b`; those that no recycle has are left out. `gate`: its logits `(1 or h, E)`."
+    out, none = {}, torch.zeros(heads, len(notes.edges.flat[b]), device=notes.edges.flat[b].device)
     for name in ("qk", "geo"):
-        if any(name in h for h in heard):
-            out[name] = torch.stack([full(h.get(name)) for h in heard])
-    shares = _gate_shares(model, support, gate)
+        if any(name in r for r in notes.recycles):
+            out[name] = torch.stack([r[name][b] if name in r else none for r in notes.recycles])
+    share = torch.zeros(1, 1, 1, device=none.device) if gate is None else _gate_shares(model, gate)[: len(notes.recycles)]
     if gate is not None:
-        out["gate"] = torch.stack([full(s) for s in shares])
+        out["gate"] = share
     if model.pair is not None:
-        out["pair"] = torch.stack([full(by_head(h["bias"]).masked_fill(off, 0.0) - s) for h, s in zip(heard, shares)])
-    return {name: out[name] for name in TERMS if name in out}
+        out["pair"] = torch.stack([r["bias"][b] for r in notes.recycles]) - share
+    shape = (len(notes.recycles), *none.shape)
+    return {name: np.broadcast_to(out[name].float().cpu().numpy(), shape) for name in TERMS if name in out}
 
 # %% ../../nbs/attention/01_trace.ipynb #5913f599
 @torch.no_grad()
@@ -166,40 +200,31 @@ def record(model: Ladder, H: Tensor, mask: Tensor | None = None, *, edges: Tenso
     """One `AttentionTrace` per miniset of embeddings `H` `(B, n, d)`, in evaluation mode; `mask` `(B, n)`: real cells (None: all).
 
     `edges` `(B, n, n)`: lay out on true edges, gate off (*T-edge*, a diagnosis). `truth` `(B, n, 2)`: true places, kept beside the record and not shown to the model. `about`: plain values to keep.
-    O(B h n^2) time and memory, as the forward pass itself. The model is left as it was."""
-    was_training = model.training
+    O(B h n^2) time, as the forward pass itself, and O(R h E) memory beside it. The model is left as it was."""
+    was_training, sizes = model.training, [H.shape[1]] * len(H) if mask is None else mask.sum(1).tolist()
     model.eval()
     try:
-        with _listening(model) as heard:
-            out = model(H, mask, trace=True, **({} if edges is None else {"edges": edges, "oracle": True}))
+        with _listening(model, sizes) as notes:
+            trace = model(H, mask, trace=True, **({} if edges is None else {"edges": edges, "oracle": True})).trace
     finally:
         model.train(was_training)
-    trace, support = out.trace, out.trace["support"]
-    terms = _logit_terms(model, heard, support, trace.get("gate"), trace["attention"].shape[2])
-    attention = trace["attention"][: len(heard)]                       # smoothing recycles attend to nothing new
-    dense_record = {"attention": attention, "x": trace["x"][: len(heard) + 1], "support": support, "gate": trace.get("gate"), "terms": terms}
-    graph = "H-gate" if edges is None else "T-edge"
-    return [_on_edges(dense_record, b, None if mask is None else mask[b], graph, None if truth is None else truth[b], {**(about or {}), "miniset": b}) for b in range(len(H))]
+    R, heads = len(notes.recycles), trace["attention"].shape[2]        # smoothing recycles, which come last, attend to nothing new
+    gates = notes.edges(trace["gate"]) if "gate" in trace else [None] * len(H)
+    return [AttentionTrace(*(i.int().cpu().numpy() for i in notes.edges.pairs[b]), notes.edges.stacked(trace["attention"][:R], b).float().cpu().numpy(), _logit_terms(model, notes, b, gates[b], heads),
+                           _cells(trace["x"][: R + 1, b], n), None if gates[b] is None else gates[b].mean(0).float().cpu().numpy(), "H-gate" if edges is None else "T-edge",
+                           None if truth is None else _cells(truth[b], n), {**(about or {}), "miniset": b}) for b, n in enumerate(sizes)]
 
 
-def _on_edges(dense_record: Mapping[str, Any], b: int, mask: Tensor | None, graph: str, truth: Tensor | None, about: Mapping[str, Any]) -> AttentionTrace:
-    "The record of miniset `b`, by edge, padded cells left out."
-    support = dense_record["support"][b]
-    n = len(support) if mask is None else int(mask.sum())               # padding comes last
-    row, col = support[:n, :n].nonzero(as_tuple=True)
-    pick = lambda t: t[..., row, col].float().cpu().numpy()
-    gate = dense_record["gate"]
-    gate = None if gate is None else pick(gate[b] if gate[b].ndim == 2 else gate[b].mean(0))
-    whole = lambda t: t[..., :n, :].float().cpu().numpy()
-    return AttentionTrace(row.int().cpu().numpy(), col.int().cpu().numpy(), pick(dense_record["attention"][:, b]), {k: pick(v[:, b]) for k, v in dense_record["terms"].items()},
-                          whole(dense_record["x"][:, b]), gate, graph, None if truth is None else whole(truth), dict(about))
+def _cells(t: Tensor, n: int) -> np.ndarray:
+    "Coordinates `(..., n, 2)` of the real cells."
+    return t[..., :n, :].float().cpu().numpy()
 
 # %% ../../nbs/attention/01_trace.ipynb #9207dd55
 def save_trace(store: Store, key: str, trace: AttentionTrace) -> None:
     "Write a record under `key`, atomically (safetensors and JSON)."
     arrays = {"row": trace.row, "col": trace.col, "attention": trace.attention, "x": trace.x, **{f"term/{k}": v for k, v in trace.terms.items()}}
     arrays |= {k: v for k, v in (("gate", trace.gate), ("truth", trace.truth)) if v is not None}
-    store.save(key, arrays, {"graph": trace.graph, "about": dict(trace.about)})
+    store.save(key, {k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"graph": trace.graph, "about": dict(trace.about)})
 
 
 def load_trace(store: Store, key: str) -> AttentionTrace:
