@@ -222,6 +222,41 @@ def test_the_whole_road(files, capsys):
     refused(capsys, files, lambda: reconstruct(files, ("a.h5ad", "b.h5ad"), "q2.h5ad", "third.h5ad", *more, "--seed", "1"), "--model-dir", "settings")
 
 
+def test_explore_refuses(files, capsys):
+    """No reconstruction, no model where one is named, a port in use, a page that cannot be one."""
+    import socket
+    explore = lambda *argv: lambda: main(["explore", *map(str, argv), "--no-browser"])
+    refused(capsys, files, explore(files / "none.h5ad"), "none.h5ad", "RUN_OR_H5AD")
+    refused(capsys, files, explore(files / "a.h5ad"), "a.h5ad", "X_gears")
+    refused(capsys, files, explore(files), str(files), "holds no reconstruction")
+    (files / "notes.txt").write_text("no table")
+    refused(capsys, files, explore(files / "notes.txt"), "notes.txt", ".h5ad")
+    placed = ad.read_h5ad(files / "q.h5ad")
+    placed.obsm["X_gears"] = placed.obsm["truth"]
+    for i in range(5):
+        placed.write_h5ad(files / f"placed{i}.h5ad")
+    refused(capsys, files, explore(files), "5 reconstructions", "placed0.h5ad")
+    one = files / "placed0.h5ad"
+    refused(capsys, files, explore(one, "--model-dir", files), "--model-dir", "no saved model")
+    refused(capsys, files, explore(one, "--export", "page.pdf"), "page.pdf", "--export", ".html")
+    refused(capsys, files, explore(one, "--export", files), str(files), "--export")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused(capsys, files, explore(one, "--port", taken.getsockname()[1]), "--port", "in use")
+
+
+def test_explore_exports(files, capsys):
+    """A reconstruction without its model is shown without attention, which is said; the page is whole or not there."""
+    placed = ad.read_h5ad(files / "q.h5ad")
+    placed.obsm["X_gears"] = placed.obsm["truth"]
+    placed.write_h5ad(files / "placed.h5ad")
+    assert main(["explore", str(files / "placed.h5ad"), "--export", str(files / "page.html")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "attention is not shown" in told[0] and told[1].endswith("page.html: reconstruction")
+    text = (files / "page.html").read_text(encoding="utf-8")
+    assert text.lower().startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+    assert not [p for p in files.rglob("*") if ".tmp" in p.name]
+
+
 def test_list_and_results(capsys):
     assert main(["list"]) == 0
     assert "The command line" in capsys.readouterr().out
@@ -231,7 +266,7 @@ def test_list_and_results(capsys):
 def test_help_is_light_and_fast():
     """No heavy package is imported for help, list or an early refusal; as a process it takes less than a second."""
     heavy = "{'torch', 'scanpy', 'anndata', 'papermill', 'plotly', 'ot', 'umap', 'pandas', 'sklearn', 'matplotlib', 'lightning_fabric'}"
-    for argv in (["--help"], ["list"], ["reconstruct", "--slides", "x.h5ad", "--cells", "y.h5ad", "--out", "z.h5ad"]):
+    for argv in (["--help"], ["list"], ["reconstruct", "--slides", "x.h5ad", "--cells", "y.h5ad", "--out", "z.h5ad"], ["explore", "x.h5ad"], ["explore", "--help"]):
         code = f"import sys; from gears_nb.runs.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\nprint({heavy} & set(sys.modules), file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stderr.splitlines()[-1] == "set()", (argv, done.stderr)

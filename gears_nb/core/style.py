@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['COLOURS', 'use_style', 'scalebar', 'save_figure']
+__all__ = ['COLOURS', 'THEMES', 'contrast', 'css_variables', 'use_style', 'scalebar', 'save_figure']
 
 # %% ../../nbs/core/08_style.ipynb #9cb421d9
 COLOURS: dict[str, str] = {
@@ -30,6 +30,32 @@ COLOURS: dict[str, str] = {
     "black": "#000000",
 }
 "Okabe-Ito, in plotting order."
+
+# %% ../../nbs/core/08_style.ipynb #theme010
+THEMES: dict[str, dict[str, Any]] = {
+    "light": {"paper": "#ffffff", "card": "#f6f8f9", "ink": "#1c2126", "soft": "#5b6670", "line": "#d9dee3", "faint": "#c6ced5", "accent": "#0072B2",
+              "truth": "#009E73", "query": "#D55E00", "wrong": "#D55E00",
+              "ramp": ["#bbe1f6", "#56B4E9", "#0072B2", "#00304b"], "split": ["#0072B2", "#80b8d8", "#f6f8f9", "#eaae80", "#D55E00"]},
+    "dark": {"paper": "#14181c", "card": "#1c2227", "ink": "#e8ecef", "soft": "#a3adb6", "line": "#323a42", "faint": "#46525c", "accent": "#56B4E9",
+             "truth": "#40b696", "query": "#e28e4d", "wrong": "#e28e4d",
+             "ramp": ["#244c62", "#0072B2", "#56B4E9", "#e6f4fc"], "split": ["#56B4E9", "#2b5a74", "#1c2227", "#714726", "#e28e4d"]},
+}
+"Colours of the screen, by theme and role."
+
+
+def contrast(a: str, b: str) -> float:
+    "Contrast ratio of two colours `#rrggbb`, from 1 (the same) to 21 (black on white). Source: WCAG 2.2, *relative luminance* and *contrast ratio*."
+    def light(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+    low, high = sorted((light(a), light(b)))
+    return (high + 0.05) / (low + 0.05)
+
+# %% ../../nbs/core/08_style.ipynb #theme014
+def css_variables(prefix: str = "") -> str:
+    "Both themes as CSS: variables `--ink`, `--paper`, ... of the page (`--{prefix}ink`, if asked for), the dark ones where the reader's system is dark."
+    names = {theme: " ".join(f"--{prefix}{role}:{colour};" for role, colour in colours.items() if isinstance(colour, str)) for theme, colours in THEMES.items()}
+    return f":root {{ color-scheme:light dark; {names['light']} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {names['dark']} }} }}\n"
 
 # %% ../../nbs/core/08_style.ipynb #863c0d9c
 def use_style() -> None:
@@ -49,6 +75,8 @@ def use_style() -> None:
             "legend.fontsize": 7,
             "figure.dpi": 100,
             "savefig.dpi": 150,
+            "savefig.facecolor": "white",
+            "savefig.transparent": False,
             "figure.constrained_layout.use": True,
             "image.cmap": "viridis",
             "lines.linewidth": 1.3,

@@ -41,6 +41,7 @@ _EXAMPLES = """examples
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
   gears diagnose --slides A.h5ad B.h5ad --report D.html   what is wrong with these slides, and what to do
   gears readiness --slides A.h5ad B.h5ad C.h5ad --report R.html   does the structure model hold on a slide that it has not seen?
+  gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -53,6 +54,16 @@ input
 
 exit codes: 0 done, 1 broke on the way, 2 bad input (nothing was written), 130 interrupted (the same command continues)
 """
+_EXPLORE = """what opens: for an .h5ad, true and predicted places with linked selection, and where distances are distorted
+(if the truth is known). With the saved model: attention by recycle and head for any cell, the recycles as a film,
+and the gate under its threshold.
+
+examples
+  gears reconstruct --slides st1.h5ad st2.h5ad --cells sc.h5ad --out placed.h5ad --model-dir model
+  gears explore placed.h5ad --model-dir model
+  gears explore placed.h5ad --model-dir model --export placed.html
+"""
+
 
 # %% ../../nbs/runs/05_cli.ipynb #a63a7ea1
 def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +112,17 @@ def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
+def _explore_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears explore` takes."""
+    add = parser.add_argument
+    add("source", metavar="RUN_OR_H5AD", help="what `gears reconstruct` wrote, or the folder of a run, such as that of `gears demo`")
+    add("--model-dir", metavar="DIR", help="the saved model that placed the cells (default: looked for in the folder)")
+    add("--export", metavar="OUT.html", help="write one self-contained page (no kernel, no network) and end")
+    add("--port", type=int, metavar="N", help="port of this machine to serve on (default: a free one)")
+    add("--no-browser", action="store_true", help="only print the address")
+    add("--seed", type=int, default=0, help="which cells are drawn for the attention widgets (default 0)")
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears run` takes."""
     add = parser.add_argument
@@ -132,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
                             "example\n  gears diagnose --slides st1.h5ad st2.h5ad --cells sc.h5ad --report diagnosis.html"))
     _readiness_arguments(add("readiness", "train on all slides but one, test on that one: the go/no-go table of the structure model",
                              "example\n  gears readiness --slides st1.h5ad st2.h5ad st3.h5ad --report readiness.html"))
+    _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     add("list", "notebooks by chapter, with their parameters")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
@@ -191,6 +214,20 @@ def _readiness(args: argparse.Namespace) -> int:
     return _told(found, args)
 
 # %% ../../nbs/runs/05_cli.ipynb #rdlist01
+def _explore(args: argparse.Namespace) -> int:
+    from gears_nb.runs.files import check_exists, check_output
+    check_exists([args.source], "RUN_OR_H5AD")
+    if args.export is None:
+        from gears_nb.attention.explore import serve
+        serve(args.source, args.model_dir, args.seed, port=args.port, browser=not args.no_browser)
+        return 0
+    check_output(args.export, "--export", ".html", [args.source])
+    from gears_nb.attention.explore import export_page
+    path, names, remarks = export_page(args.source, args.export, args.model_dir, args.seed)
+    print("\n".join([*remarks, f"{path}: {', '.join(names)}"]))
+    return 0
+
+
 def _list(args: argparse.Namespace) -> int:
     from gears_nb.runs.runner import catalogue
     chapter = None
@@ -241,7 +278,8 @@ def _run_all(profile: str | None) -> int:
     return 1 if failed else 0
 
 
-_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "list": _list, "run": _run, "results": _results, "doctor": _doctor}
+_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "explore": _explore, "list": _list,
+             "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
 def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
