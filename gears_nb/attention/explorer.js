@@ -401,7 +401,8 @@ const FIGURES = {
     const colour = data.colours.find(c => c.name === s.colour), v = colour.values && numbers(colour.values);
     const names = ["true", "predicted"].filter(n => data.maps[n]), frame = together(...names.map(n => columns(data.maps[n]))), title = { true: "True places" };
     title.predicted = data.known ? "Reconstructed, turned onto the truth" : "Reconstructed";
-    const tell = { place: () => "", number: i => `<br>${colour.name}: ${v[i].toPrecision(3)}`, category: i => `<br>${colour.name}: ${colour.levels[v[i]] ?? "not given"}` }[colour.kind];
+    const value = { place: null, number: i => (Number.isFinite(v[i]) ? v[i].toPrecision(3) : "not known"), category: i => colour.levels[v[i]] ?? "not known" }[colour.kind];
+    const tell = i => (value ? `<br>${colour.name}: ${value(i)}` : "");
     const marker = last => {
       if (colour.kind === "place") return { color: placeColours(columns(data.maps[names[0]])) };
       if (colour.kind === "category") return { color: Array.from(v, c => levelStyle(c, look)[0]), symbol: Array.from(v, c => levelStyle(c, look)[1]) };
