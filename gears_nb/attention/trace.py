@@ -224,7 +224,7 @@ def save_trace(store: Store, key: str, trace: AttentionTrace) -> None:
     "Write a record under `key`, atomically (safetensors and JSON)."
     arrays = {"row": trace.row, "col": trace.col, "attention": trace.attention, "x": trace.x, **{f"term/{k}": v for k, v in trace.terms.items()}}
     arrays |= {k: v for k, v in (("gate", trace.gate), ("truth", trace.truth)) if v is not None}
-    store.save(key, {k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"graph": trace.graph, "about": dict(trace.about)})
+    store.save(key, {k: np.array(v) for k, v in arrays.items()}, {"graph": trace.graph, "about": dict(trace.about)})
 
 
 def load_trace(store: Store, key: str) -> AttentionTrace:
