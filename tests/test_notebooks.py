@@ -113,8 +113,8 @@ def test_parameter_tags_survive_cleaning(tmp_path):
 
 
 def test_imports_run_downwards():
-    """core <- data <- encoder, targets <- structure <- reconstruct <- benchmark <- runs"""
-    level = {"core": 0, "data": 1, "encoder": 2, "targets": 2, "structure": 3, "reconstruct": 4, "benchmark": 5, "runs": 6}
+    """core <- data <- encoder, targets <- structure <- reconstruct <- benchmark <- attention <- runs"""
+    level = {"core": 0, "data": 1, "encoder": 2, "targets": 2, "structure": 3, "reconstruct": 4, "benchmark": 5, "attention": 6, "runs": 7}
     wrong = []
     for path in MODULES:
         chapter = path.relative_to(ROOT / "gears_nb").parts[0]
