@@ -206,11 +206,11 @@ def test_attention_explorer(page, widget, runs):
 
 
 def test_attention_hover(page, widget, runs):
-    """Hovering over a spot tells its number and value."""
+    """Hovering over a spot tells its name in the table, its number and value."""
     seen = widget("attention")
     spot = int(np.argmin(places(runs["H-gate"])[:, 0]))
     page.mouse.move(*seen.pixel(*places(runs["H-gate"])[spot]))
-    page.wait_for_function("text => document.querySelector('[data-gears-view=attention] .hoverlayer')?.textContent.includes(text)", arg=f"cell {spot}")
+    page.wait_for_function("text => document.querySelector('[data-gears-view=attention] .hoverlayer')?.textContent.includes(text)", arg=f"{runs['H-gate'].about['cells'][spot]}cell {spot}")
 
 
 def test_recycle_player(widget, runs):
@@ -385,7 +385,7 @@ def test_exported_page(exported, runs, browser):
     spot = int(np.argmax(places(gate)[:, 1]))
     seen.click(*places(gate)[spot])
     seen.until(query=spot)
-    assert page.locator("[data-gears-view=attention] .hoverlayer").first.text_content().startswith(f"cell {spot}")
+    assert page.locator("[data-gears-view=attention] .hoverlayer").first.text_content().startswith(f"{gate.about['cells'][spot]}cell {spot}")
     seen.press("recycle", "Home")
     seen.choose("head", 1)
     seen.until(recycle=0, head=1)

@@ -298,6 +298,9 @@ const dotSize = n => (n > 2000 ? 4 : n > 800 ? 5 : n > 250 ? 6.5 : 8);
 const dots = (x, y, marker, more) => ({ type: "scatter", mode: "markers", hoverinfo: "skip", x, y, marker, ...more });
 const lines = (x, y, colour, width) => ({ type: "scatter", mode: "lines", hoverinfo: "skip", x, y, line: { color: colour, width } });
 
+/** What a cell is called when the pointer is on it: its name in the table, if the record kept it, and its number in the miniset. */
+const called = (data, i) => (data.names ? `${data.names[i]}<br>` : "") + `cell ${i}`;
+
 /** All cells of a map as one trace with a name, so that a click tells a cell number. */
 const cells = (places, marker, text, more) => dots(places.x, places.y, { size: dotSize(places.x.length), line: { width: 0 }, ...marker },
   { name: "cells", text, hoverinfo: "text", hovertemplate: "%{text}<extra></extra>", ...more });
@@ -328,7 +331,7 @@ const FIGURES = {
     const graph = data.graphs[s.graph], places = columns(data.places), all = ranked(rowValues(graph, s.query, s.term, s.recycle, s.head));
     const value = new Map(all.cols.map((c, i) => [c, all.values[i]])), near = new Set(m.neighbours), size = dotSize(data.n), unit = SIGNS[s.term];
     const [low, high] = span(graph, s), share = v => clamp((v - low) / (high - low || 1), 0, 1), ramp = v => mix(look.ramp, share(v));
-    const tell = i => `cell ${i}` + (i === s.query ? ", the query" : value.has(i) ? `<br>${unit} ${value.get(i).toPrecision(3)}` : "<br>no candidate") + (near.has(i) ? "<br>true neighbour" : "");
+    const tell = i => called(data, i) + (i === s.query ? ", the query" : value.has(i) ? `<br>${unit} ${value.get(i).toPrecision(3)}` : "<br>no candidate") + (near.has(i) ? "<br>true neighbour" : "");
     const each = f => range(data.n).map(f), shown = all.cols.slice(0, MOST);
     const bar = dots([null], [null], { color: [low, high], cmin: low, cmax: high, colorscale: scale(look.ramp), showscale: true,
       colorbar: colourBar(look, { title: { text: unit, side: "right", font: { size: 11 } } }) });
@@ -352,7 +355,7 @@ const FIGURES = {
   recycles(data, s, m, look) {
     const g = data.graphs[s.graph], R = g.recycles, now = columns(g.layouts, s.recycle * data.n, data.n), places = columns(data.places);
     const every = columns({ ...g.layouts, shape: [(R + 1) * data.n, 2] }), frame = data.known ? together(every, places) : every;
-    const colour = placeColours(places), text = range(data.n).map(i => `cell ${i}`), ticks = { tickvals: range(R + 1), range: [-0.3, R + 0.3] };
+    const colour = placeColours(places), text = range(data.n).map(i => called(data, i)), ticks = { tickvals: range(R + 1), range: [-0.3, R + 0.3] };
     const line = (x, y, at, colour) => ({ type: "scatter", mode: "lines+markers", x, y, line: { color: colour, width: 2 }, hovertemplate: "%{y:.3f}<extra></extra>",
       marker: { opacity: 1, size: x.map(r => (r === at ? 11 : 6)), color: x.map(r => (r === at ? look.query : colour)) } });
     const chart = (title, x, y, values, first, colour) => ({ traces: [line(range(values.length).map(i => i + first), values, s.recycle, colour)],
@@ -379,7 +382,7 @@ const FIGURES = {
         to.y.push(places.y[i], places.y[col[e]], null);
       }
     });
-    const crowd = Math.max(1, (good.x.length + bad.x.length) / 3000), text = range(data.n).map(i => `cell ${i}`);   // many edges are drawn fainter
+    const crowd = Math.max(1, (good.x.length + bad.x.length) / 3000), text = range(data.n).map(i => called(data, i));   // many edges are drawn fainter
     const map = {
       traces: [lines(bad.x, bad.y, veil(look.wrong, Math.max(0.12, 0.5 / crowd)), 1),
         lines(good.x, good.y, veil(data.known ? look.truth : look.accent, Math.max(0.5, 0.9 / Math.sqrt(crowd))), 1.4),
@@ -421,7 +424,7 @@ const FIGURES = {
     const most = clamp(Math.max(...z.flat().filter(Number.isFinite).map(Math.abs)), 0.3, 2), ticks = [0.25, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 4], fourth = range(k).filter(i => i % 4 === 0);
     const side = { tickvals: fourth, ticktext: fourth.map(i => i + 1), constrain: "domain" }, frame = together(columns(data.maps.true), columns(data.maps.predicted));
     const paintOf = g => (g === s.a ? look.query : g === s.b ? look.accent : look.faint), legend = key(["●", look.query, "A"], ["●", look.accent, "B"]);
-    const map = name => ({ traces: [cells(columns(data.maps[name]), { color: Array.from(group, paintOf), size: dotSize(data.n) + 0.5 }, Array.from(group, (g, i) => `cell ${i}, group ${g + 1}`))],
+    const map = name => ({ traces: [cells(columns(data.maps[name]), { color: Array.from(group, paintOf), size: dotSize(data.n) + 0.5 }, Array.from(group, (g, i) => `${data.names[i]}, group ${g + 1}`))],
       layout: mapLayout(look, `${name === "true" ? "True places" : "Reconstructed"}   ${legend}`, frame) });
     const frames = [[s.a, s.b], [s.b, s.a]].map(([i, j]) => ({ type: "rect", x0: j - 0.5, x1: j + 0.5, y0: i - 0.5, y1: i + 0.5, line: { color: look.ink, width: 2 } }));
     const heat = { type: "heatmap", z, zmin: -most, zmax: most, colorscale: scale(look.split), xgap: 1, ygap: 1, customdata: rows(x => x),

@@ -111,7 +111,8 @@ def terms_figure(curves: Curves, note: str = "") -> Figure:
         rho.axhline(0, color="0.6", lw=0.6)
         scale.set_title(f"{data}\n{model}")
         broad.set(ylim=(0, 1))
-        rho.set(ylim=(-1, 1), xlabel="recycle", xticks=range(1, len(own["entropy"]) + 1))
+        rho.set(ylim=(-1.04, 1.04), xlabel="recycle", xticks=range(1, len(own["entropy"]) + 1))
+    axes[0, 0].set_ylim(bottom=0)
     for ax, label in zip(axes[:, 0], ("std within rows [logits]", "entropy / log(degree)", "rho(attention, term)")):
         ax.set_ylabel(label)
     _legend(fig, axes.flat)
@@ -162,12 +163,12 @@ def gate_figure(quality: Mapping[str, Mapping[str, Mapping[str, Any]]], note: st
     import matplotlib.pyplot as plt
 
     models = [m for m in next(iter(quality.values())) if m in MODELS]
-    fig, axes = plt.subplots(len(quality), len(models) + 3, figsize=(1.75 * (len(models) + 3), 1.9 * len(quality) + 0.5), squeeze=False)
+    fig, axes = plt.subplots(len(quality), len(models) + 3, figsize=(1.9 * (len(models) + 3), 1.9 * len(quality) + 0.5), squeeze=False)
     for row, (data, own) in zip(axes, quality.items()):
         pr, beta, steps = row[len(models):]
         for ax, m in zip(row, models):
             _histogram(ax, own[m])
-            ax.set_title(f"{data}, {m}")
+            ax.set_title(f"{data}, {m}", fontsize=8)
             pr.plot(own[m]["recall"], own[m]["precision"], color=COLOURS[MODELS[m]], label=m)
             pr.plot(*own[m]["at30"], "o", color=COLOURS[MODELS[m]], ms=4)
             for sweep, name in ((beta, "beta"), (steps, "steps")):
@@ -182,7 +183,7 @@ def gate_figure(quality: Mapping[str, Mapping[str, Mapping[str, Any]]], note: st
         pr.axvline(own["reach"], color="0.6", lw=0.8, ls=":", label="largest recall of the candidates")
         pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02), title="dot: 30 per cell")
         beta.set(xlabel="beta in use (0: gate off)", ylabel="E_geo")
-        steps.set(xlabel="gate steps before", ylabel="E_geo")
+        steps.set(xlabel="steps of gate pretraining", ylabel="E_geo")
     _legend(fig, axes.flat, 1.6)
     _small_print(fig, note)
     return fig
@@ -225,9 +226,10 @@ def _focus(ax: Axes, trace: AttentionTrace, Y: np.ndarray, near: np.ndarray, sco
 def focus_maps(trace: AttentionTrace, queries: Mapping[str, int], title: str = "", note: str = "") -> Figure:
     """Template (a): the query cells of one miniset, recycles in rows, heads and their mean in columns, on true places.
 
-    `queries`: rule -> cell (`rules.query_cells`). Raises `InputError` for a record without true places."""
+    `queries`: rule -> cell (`rules.query_cells`), told behind `title` and lettered in the first panel. Raises `InputError` for a record without true places."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import Normalize
+    from matplotlib.patheffects import withStroke
 
     if trace.truth is None:
         raise InputError("focus_maps", "trace.truth", "the record has no true places", "record with truth=")
@@ -235,18 +237,22 @@ def focus_maps(trace: AttentionTrace, queries: Mapping[str, int], title: str = "
     R, heads = attention.shape[:2]
     best = max(top_attended(trace, a, q)[1].max(initial=0) for a in attention.reshape(R * heads, -1) for q in queries.values())
     norm, tall = Normalize(0, best or 1), min(max(np.ptp(Y[:, 1]) / np.ptp(Y[:, 0]), 0.5), 1.5)
-    fig, axes = plt.subplots(R, heads, figsize=(1.45 * heads + 0.5, 1.45 * tall * R + 0.9), squeeze=False)
+    fig, axes = plt.subplots(R, heads, figsize=(1.45 * heads + 0.5, 1.45 * tall * R + 0.9), squeeze=False, sharex=True, sharey=True)
     for r, row in enumerate(axes):
         for h, ax in enumerate(row):
             drawn = _focus(ax, trace, Y, near, attention[r, h], queries, norm)
             if r == 0:
                 ax.set_title("mean of heads" if h == heads - 1 else f"head {h + 1}")
         row[0].set_ylabel(f"recycle {r + 1}")
+    letters = dict(zip("abcdefgh", queries.items()))
+    for letter, (_, q) in letters.items():
+        axes[0, 0].annotate(letter, Y[q], xytext=(-4, 3), textcoords="offset points", fontsize=8, weight="bold", ha="right", zorder=6, annotation_clip=False,
+                            path_effects=[withStroke(linewidth=2, foreground="white")])
     scalebar_at = axes[-1, 0]
     scalebar(scalebar_at, 1.0, "1 RMS radius")
     scalebar_at.annotate(f"recycle {R}", (-0.05, 0.5), xycoords="axes fraction", rotation=90, va="center", ha="right")
     fig.colorbar(drawn, ax=axes, shrink=0.5, label="attention", aspect=40)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(f"{title}: " * bool(title) + ", ".join(f"{letter} {name}" for letter, (name, _) in letters.items()), fontsize=9)
     _small_print(fig, note)
     return fig
 

@@ -178,11 +178,11 @@ def measure(trace: AttentionTrace, H: np.ndarray, targets: GeoTargets, ks: tuple
     return {name: np.asarray(v, np.float64) for name, v in out.items()}
 
 # %% ../../nbs/attention/03_measures.ipynb #a0ecaf75
-def interval(values: np.ndarray, level: float = 0.95) -> dict[str, Any]:
+def interval(values: np.ndarray, level: float = 0.95, *, correlation: bool = False) -> dict[str, Any]:
     """Mean of a table `(S, M)`, seeds by minisets, with a confidence interval that respects both: `mean`, `ci_low`, `ci_high`, `n` (values), `seeds`, `minisets`.
 
     Minisets that miss a value (NaN) are left out whole; if none is left all three numbers are NaN. With one seed the interval is over minisets alone, with one value it is NaN.
-    Source: two-way random effects, Satterthwaite (1946)."""
+    `correlation`: values in [-1, 1], whose interval stays there. Source: two-way random effects, Satterthwaite (1946); z of Fisher (1921), by the delta method."""
     from scipy.stats import t
 
     v = np.atleast_2d(np.asarray(values, np.float64))
@@ -195,4 +195,8 @@ def interval(values: np.ndarray, level: float = 0.95) -> dict[str, Any]:
     freedom = variance**2 / sum(p**2 / df for p, df in parts) if variance > 0 else 1.0
     half = float(t.ppf((1 + level) / 2, freedom) * math.sqrt(variance)) if parts else math.nan
     mean = float(v.mean())
-    return {"mean": mean, "ci_low": mean - half, "ci_high": mean + half, "n": v.size, "seeds": S, "minisets": M}
+    low, high = mean - half, mean + half
+    if correlation and half > 0:
+        z = np.arctanh(mean) + np.array([-half, half]) / (1 - mean**2)
+        low, high = np.tanh(z).tolist()
+    return {"mean": mean, "ci_low": low, "ci_high": high, "n": v.size, "seeds": S, "minisets": M}

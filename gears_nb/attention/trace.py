@@ -5,9 +5,11 @@
 # %% ../../nbs/attention/01_trace.ipynb #0595d591
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..core.gauge import gauge_fix
 from ..core.store import Store
+from ..structure.gate import GateLogits
 from ..structure.ipa import by_head
 from ..structure.rungs import Ladder
 
@@ -115,55 +119,81 @@ def step_size(trace: AttentionTrace) -> np.ndarray:
 
 # %% ../../nbs/attention/01_trace.ipynb #877f060d
 class _Edges:
-    "Takes the edges of a graph `(B, n, n)` out of dense tensors; `sizes`: real cells of each miniset (padding comes last)."
+    "Takes the edges of a graph `(B, n, n)` out of dense tensors; `sizes`: real cells of each miniset (padding comes last); `layers`: how many numbers per edge there is room for."
 
-    def __init__(self, support: Tensor, sizes: Sequence[int]):
-        self.pairs = [s[:m, :m].nonzero(as_tuple=True) for s, m in zip(support, sizes)]
-        self.flat = [row * support.shape[-1] + col for row, col in self.pairs]
+    def __init__(self, support: Tensor, sizes: Sequence[int], layers: int):
+        found = [np.flatnonzero(s[:m, :m]).astype(np.int32) for s, m in zip(support.cpu().numpy(), sizes)]     # several times as fast as nonzero
+        self.pairs = [np.divmod(f, np.int32(m)) for f, m in zip(found, sizes)]
+        self.flat = [torch.from_numpy(row * np.int32(support.shape[-1]) + col).to(support.device) for row, col in self.pairs]
+        self.free = torch.from_numpy(np.zeros(layers * sum(map(len, self.flat)), np.float32)).to(support.device)     # NumPy asks for large pages
 
-    def __call__(self, t: Tensor) -> list[Tensor]:
-        "`(B, n, n)` or `(B, h, n, n)` -> per miniset `(1 or h, E)`."
-        return [m.reshape(len(m), -1).index_select(-1, f) for m, f in zip(by_head(t), self.flat)]
+    def __call__(self, t: Tensor, to: Sequence[Tensor]) -> None:
+        "`(B, n, n)` or `(B, h, n, n)` into `to`, per miniset `(1 or h, E)`."
+        for m, f, out in zip(by_head(t), self.flat, to):
+            torch.index_select(m.reshape(len(m), -1).float(), -1, f, out=out)
 
-    def stacked(self, ts: Tensor, b: int) -> Tensor:
-        "Miniset `b` of `(R, B, h, n, n)` -> `(R, h, E)`, written once."
-        out = ts.new_empty(len(ts), ts.shape[2], len(self.flat[b]))
-        for t, to in zip(ts[:, b], out):
-            torch.index_select(t.reshape(len(t), -1), -1, self.flat[b], out=to)
-        return out
+    def room(self, *shape: int) -> list[Tensor]:
+        "Zeros `(*shape, E)` per miniset, out of the free room."
+        used = [math.prod(shape) * len(f) for f in self.flat]
+        *mine, self.free = self.free.split([*used, len(self.free) - sum(used)])
+        return [m.view(*shape, -1) for m in mine]
 
 
 @dataclass(eq=False)
 class _Notes:
-    "What was heard: the edges, and per recycle the parts' outputs on them, by name."
+    "What was heard in `R` recycles: layouts `(B, n, 2)`; by name and miniset, what a part said of the edges `(R, 1 or h, E)`, 0 where it was silent; and the gate's logits, if it spoke."
 
-    sizes: Sequence[int]
+    mask: Tensor
+    R: int
+    h: int
     bias_too: bool
     edges: _Edges | None = None
-    recycles: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    x: list[Tensor] = field(default_factory=list)
+    heard: dict[str, list[Tensor]] = field(default_factory=dict)
+    gate: Tensor | None = None
 
-    def begin(self, bias: Tensor) -> None:
-        "A block was called with `bias`."
-        self.edges = self.edges or _Edges(~by_head(bias)[:, 0].isneginf(), self.sizes)
-        self.recycles.append({"bias": self.edges(bias)} if self.bias_too else {})
+    @property
+    def sizes(self) -> list[int]:
+        return self.mask.sum(1).tolist()
+
+    def begin(self, x: Tensor, bias: Tensor) -> None:
+        "A block was called with the layout `x` and `bias`."
+        if self.edges is None:
+            parts = 3 + self.bias_too           # attention, content, geometry; and the gate, once
+            self.edges, self.x = _Edges(~by_head(bias)[:, 0].isneginf(), self.sizes, (parts * self.R + 1) * self.h), [x]
+        if self.bias_too:
+            self.hear("bias", bias)
 
     def hear(self, name: str, out: Tensor) -> None:
-        "A part of the present block returned `out`."
-        self.recycles[-1][name] = self.edges(out)
+        "A part of the present block, which is that of recycle `len(self.x) - 1`, returned `out`."
+        if name not in self.heard:
+            self.heard[name] = self.edges.room(self.R, by_head(out).shape[1])
+        self.edges(out, [room[len(self.x) - 1] for room in self.heard[name]])
+
+    def end(self, x: Tensor, attention: Tensor) -> None:
+        "The block returned a layout whose gauge is not yet fixed, and attention."
+        self.hear("attention", attention)
+        self.x.append(gauge_fix(x, self.mask))
+
+    def gated(self, gate: GateLogits) -> None:
+        "The gate spoke, before the first block."
+        self.gate = gate.logits
 
 # %% ../../nbs/attention/01_trace.ipynb #c1f0d2e8
 @contextmanager
-def _listening(model: Ladder, sizes: Sequence[int]) -> Iterator[_Notes]:
-    "Notes of the next forward pass of `model`."
-    notes, off = _Notes(sizes, model.pair is not None), []
+def _listening(model: Ladder, mask: Tensor) -> Iterator[_Notes]:
+    "Notes of the next forward pass of `model`; `mask` `(B, n)`: real cells."
+    notes, off = _Notes(mask, model.recycles, model.config.heads, model.pair is not None), []
 
-    def on(part: nn.Module | None, name: str) -> None:
+    def on(part: nn.Module | None, heard: Callable[[Any], None]) -> None:
         if isinstance(part, nn.Module):
-            off.append(part.register_forward_hook(lambda _, __, out: notes.hear(name, out)))
+            off.append(part.register_forward_hook(lambda _, __, out: heard(out)))
 
+    on(model.gate, notes.gated)
     for block in dict.fromkeys(model.refine.blocks):
-        off.append(block.register_forward_pre_hook(lambda _, args: notes.begin(args[2])))
-        on(getattr(block, "content", None), "qk"), on(getattr(block, "geo", None), "geo")
+        off.append(block.register_forward_pre_hook(lambda _, args: notes.begin(*args[1:3])))
+        on(getattr(block, "content", None), partial(notes.hear, "qk")), on(getattr(block, "geo", None), partial(notes.hear, "geo"))
+        on(block, lambda out: notes.end(*out[1:]))
     try:
         yield notes
     finally:
@@ -181,16 +211,12 @@ def _gate_shares(model: Ladder, g: Tensor) -> Tensor:
 
 def _logit_terms(model: Ladder, notes: _Notes, b: int, gate: Tensor | None, heads: int) -> dict[str, np.ndarray]:
     "Terms `(R, h, E)` of miniset `b`; those that no recycle has are left out. `gate`: its logits `(1 or h, E)`."
-    out, none = {}, torch.zeros(heads, len(notes.edges.flat[b]), device=notes.edges.flat[b].device)
-    for name in ("qk", "geo"):
-        if any(name in r for r in notes.recycles):
-            out[name] = torch.stack([r[name][b] if name in r else none for r in notes.recycles])
-    share = torch.zeros(1, 1, 1, device=none.device) if gate is None else _gate_shares(model, gate)[: len(notes.recycles)]
+    out = {name: notes.heard[name][b] for name in ("qk", "geo") if name in notes.heard}
     if gate is not None:
-        out["gate"] = share
+        out["gate"] = _gate_shares(model, gate)
     if model.pair is not None:
-        out["pair"] = torch.stack([r["bias"][b] for r in notes.recycles]) - share
-    shape = (len(notes.recycles), *none.shape)
+        out["pair"] = notes.heard["bias"][b] - out.get("gate", 0.0)
+    shape = notes.R, heads, len(notes.edges.flat[b])
     return {name: np.broadcast_to(out[name].float().cpu().numpy(), shape) for name in TERMS if name in out}
 
 # %% ../../nbs/attention/01_trace.ipynb #5913f599
@@ -201,18 +227,19 @@ def record(model: Ladder, H: Tensor, mask: Tensor | None = None, *, edges: Tenso
 
     `edges` `(B, n, n)`: lay out on true edges, gate off (*T-edge*, a diagnosis). `truth` `(B, n, 2)`: true places, kept beside the record and not shown to the model. `about`: plain values to keep.
     O(B h n^2) time, as the forward pass itself, and O(R h E) memory beside it. The model is left as it was."""
-    was_training, sizes = model.training, [H.shape[1]] * len(H) if mask is None else mask.sum(1).tolist()
+    was_training, mask = model.training, torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
     model.eval()
     try:
-        with _listening(model, sizes) as notes:
-            trace = model(H, mask, trace=True, **({} if edges is None else {"edges": edges, "oracle": True})).trace
+        with _listening(model, mask) as notes:      # smoothing recycles, which come last, attend to nothing new and are not heard
+            model(H, mask, **({} if edges is None else {"edges": edges, "oracle": True}))
     finally:
         model.train(was_training)
-    R, heads = len(notes.recycles), trace["attention"].shape[2]        # smoothing recycles, which come last, attend to nothing new
-    gates = notes.edges(trace["gate"]) if "gate" in trace else [None] * len(H)
-    return [AttentionTrace(*(i.int().cpu().numpy() for i in notes.edges.pairs[b]), notes.edges.stacked(trace["attention"][:R], b).float().cpu().numpy(), _logit_terms(model, notes, b, gates[b], heads),
-                           _cells(trace["x"][: R + 1, b], n), None if gates[b] is None else gates[b].mean(0).float().cpu().numpy(), "H-gate" if edges is None else "T-edge",
-                           None if truth is None else _cells(truth[b], n), {**(about or {}), "miniset": b}) for b, n in enumerate(sizes)]
+    x, attention, gates = torch.stack(notes.x, 1), notes.heard["attention"], [None] * len(H)
+    if notes.gate is not None:
+        notes.edges(notes.gate, gates := notes.edges.room(by_head(notes.gate).shape[1]))
+    return [AttentionTrace(*notes.edges.pairs[b], attention[b].float().cpu().numpy(), _logit_terms(model, notes, b, gates[b], attention[b].shape[1]),
+                           _cells(x[b], n), None if gates[b] is None else gates[b].mean(0).float().cpu().numpy(), "H-gate" if edges is None else "T-edge",
+                           None if truth is None else _cells(truth[b], n), {**(about or {}), "miniset": b}) for b, n in enumerate(notes.sizes)]
 
 
 def _cells(t: Tensor, n: int) -> np.ndarray:

@@ -62,13 +62,14 @@ def _turned(x: np.ndarray, places: np.ndarray | None) -> np.ndarray:
 
 
 def _stage(traces: Mapping[str, AttentionTrace]) -> dict[str, Any]:
-    "What all views of a miniset share: places, true neighbours, query cells by rule."
+    "What all views of a miniset share: places, names (`cells` of `about`, if kept), true neighbours, query cells by rule."
     first = traces.get("H-gate", next(iter(traces.values())))
     known = first.truth is not None
     places = gauge_fix(np.asarray(first.truth if known else first.x[-1], np.float64))
     near = true_neighbours(places, NEIGHBOURS) if known else np.zeros((first.n, 0))
     rules = query_cells(places, None if first.gate is None else gate_entropy(first)) if first.n >= 8 else {}
-    return {"n": first.n, "known": known, "places": pack(places), "near": pack(near, "int32"), "rules": rules, "query": rules.get("median gate entropy", 0),
+    names = first.about.get("cells", ())
+    return {"n": first.n, "known": known, "names": [str(c) for c in names] if len(names) == first.n else None, "places": pack(places), "near": pack(near, "int32"), "rules": rules, "query": rules.get("median gate entropy", 0),
             "about": {str(k): v for k, v in first.about.items() if isinstance(v, (str, int, float))}}
 
 
@@ -307,7 +308,7 @@ def distortion_view(adata: AnnData, truth: np.ndarray | None = None, groups: int
     group = _groups(Y[some], k)
     S = stretch(X[some], Y[some], group, k)
     worst = np.unravel_index(np.nanargmax(np.abs(np.log(S))), S.shape)
-    return {"n": len(some), "of": len(rows), "known": True, "maps": {"predicted": pack(X[some]), "true": pack(Y[some])}, "groups": k, "group": pack(group, "int32"), "stretch": pack(S, "float64"), "worst": [int(i) for i in worst]}
+    return {"n": len(some), "of": len(rows), "known": True, "maps": {"predicted": pack(X[some]), "true": pack(Y[some])}, "names": [str(n) for n in adata.obs_names[rows[some]]], "groups": k, "group": pack(group, "int32"), "stretch": pack(S, "float64"), "worst": [int(i) for i in worst]}
 
 
 def distortion_marks(data: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
