@@ -298,12 +298,10 @@ const dotSize = n => (n > 2000 ? 4 : n > 800 ? 5 : n > 250 ? 6.5 : 8);
 const dots = (x, y, marker, more) => ({ type: "scatter", mode: "markers", hoverinfo: "skip", x, y, marker, ...more });
 const lines = (x, y, colour, width) => ({ type: "scatter", mode: "lines", hoverinfo: "skip", x, y, line: { color: colour, width } });
 
-/** What a cell is called when the pointer is on it: its name in the table, if the record kept it, and its number in the miniset. */
-const called = (data, i) => (data.names ? `${data.names[i]}<br>` : "") + `cell ${i}`;
-
 /** All cells of a map as one trace with a name, so that a click tells a cell number. */
 const cells = (places, marker, text, more) => dots(places.x, places.y, { size: dotSize(places.x.length), line: { width: 0 }, ...marker },
   { name: "cells", text, hoverinfo: "text", hovertemplate: "%{text}<extra></extra>", ...more });
+const called = (data, i) => (data.names ? `${data.names[i]}<br>` : "") + `cell ${i}`;   // name in the table, if the record kept it, and number in the miniset
 const rings = (places, list, colour, size) => dots(list.map(c => places.x[c]), list.map(c => places.y[c]), { size, color: "rgba(0,0,0,0)", line: { color: colour, width: 2 } });
 const star = (places, query, look) => dots([places.x[query]], [places.y[query]], { size: 15, symbol: "star", color: look.query, line: { color: look.paper, width: 1 } });
 const ray = (places, a, b, colour, width) => lines([places.x[a], places.x[b]], [places.y[a], places.y[b]], colour, width);
