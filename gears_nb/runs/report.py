@@ -19,6 +19,7 @@ from ..core.errors import InputError
 from ..core.results import plain
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
+from ..core.style import COLOURS, css_variables
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ['PALETTE', 'position_colours', 'informative_genes', 'TissueView', 'tissue_view', 'curve', 'write_report']
 
 # %% ../../nbs/runs/03_report.ipynb #eeca7dca
-_CORNERS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167]], dtype=float)
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8c8c00", "#7f5f3f", "#5f5fbf", "#9f9f9f")
+_CORNERS = np.array([list(bytes.fromhex(COLOURS[c][1:])) for c in ("blue", "orange", "green", "purple")], dtype=float)
+PALETTE = (*(COLOURS[c] for c in ("blue", "vermillion", "green", "orange", "purple", "sky")), "#8c8c00", "#7f5f3f", "#5f5fbf", "#9f9f9f")
 
 
 def position_colours(xy: np.ndarray) -> list[str]:
@@ -195,10 +196,7 @@ def _score_html(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # %% ../../nbs/runs/03_report.ipynb #4eb1308d
 _STYLE = """
-:root { --paper:#ffffff; --ink:#1c2126; --soft:#5b6670; --line:#d9dee3; --card:#f6f8f9; --accent:#0072b2; --warn:#9a5b00; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper:#14181c; --ink:#e8ecef; --soft:#a3adb6; --line:#323a42; --card:#1c2227; --accent:#56b4e9; --warn:#f0b35a; } }
-* { box-sizing:border-box } html { color-scheme:light dark }
+* { box-sizing:border-box }
 body { margin:0 auto; padding:1.5rem; max-width:1180px; background:var(--paper); color:var(--ink);
   font:15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
 h1 { font-size:1.6rem; margin:0 } h2 { font-size:1.15rem; margin:2.2rem 0 .4rem; border-top:1px solid var(--line); padding-top:1rem }
@@ -381,7 +379,7 @@ def write_report(path: str | Path, title: str, views: Sequence[TissueView] = (),
     curves = [c for name, rows in (histories or {}).items() if (c := curve(name, rows))]
     lines = [{"name": n, "x": list(r.coverage), "y": list(r.risk)} for n, r in (risk or {}).items()]
     data = {"tissues": [vars(v) for v in views], "curves": curves, "risk": lines, "palette": PALETTE}
-    text = _PAGE.format(title=html.escape(title), style=_STYLE, data=_embed(data), plotly=get_plotlyjs(), script=_SCRIPT_MAPS + _SCRIPT_PAGE,
+    text = _PAGE.format(title=html.escape(title), style=css_variables() + _STYLE, data=_embed(data), plotly=get_plotlyjs(), script=_SCRIPT_MAPS + _SCRIPT_PAGE,
                         body=_body(title, subtitle, views, scores or {}, lines, curves, diagnostics or {}), footer=html.escape(footer))
     with atomic_path(path) as tmp:
         Path(tmp).write_text(text, encoding="utf-8")
