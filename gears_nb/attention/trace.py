@@ -138,7 +138,7 @@ class _Edges:
         *mine, self.free = self.free.split([*used, len(self.free) - sum(used)])
         return [m.view(*shape, -1) for m in mine]
 
-
+# %% ../../nbs/attention/01_trace.ipynb #5e9d20a7
 @dataclass(eq=False)
 class _Notes:
     "What was heard in `R` recycles: layouts `(B, n, 2)`; by name and miniset, what a part said of the edges `(R, 1 or h, E)`, 0 where it was silent; and the gate's logits, if it spoke."
