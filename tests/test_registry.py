@@ -178,3 +178,11 @@ def test_real_protocols_a_b_and_subsample():
     assert x.query.n_obs == 8000 and list(x.query.obs_names) == list(load_protocol("xenium_visium").query.obs_names)
     atlas = load_protocol("bdtnp")
     assert not atlas.counts and atlas.reference[0].X.max() <= atlas.query.X.max()
+
+
+def test_experiments_run_on_what_is_there(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "data_root", lambda: None)
+    assert registry.runnable("tiny, her2st_A, liver_crossslide:2", []) == ["tiny", "liver_crossslide:2"]
+    assert "her2st_A is skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="GEARS_DATA"):
+        registry.runnable("", ["her2st_A"])

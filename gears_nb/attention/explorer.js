@@ -454,7 +454,7 @@ const RULE = "A cell keeps its candidates, the highest gate logit first, until t
 const TELL = {
   attention: (data, s, m) =>
     `Cell ${s.query}, recycle ${s.recycle + 1}, ${s.head === "mean" ? "mean of all heads" : "head " + (s.head + 1)}, ${TERM_NAMES[s.term]}: ` +
-    `the ${m.cols.length} strongest candidates are drawn as edges` + (data.known ? `; ${m.hits} of them are among its ${m.neighbours.length} true neighbours (ringed).` : "."),
+    `the ${m.cols.length} strongest candidates are drawn as edges` + (data.known ? `; ${m.hits} of them ${m.hits === 1 ? "is" : "are"} among its ${m.neighbours.length} true neighbours (ringed).` : "."),
   recycles: (data, s, m) =>
     (s.recycle ? `After recycle ${s.recycle}: cells moved by ${m.step.toFixed(3)} RMS radii in this step` : "The first guess, made without a graph") +
     (m.energy === null ? "." : `; energy ${m.energy.toFixed(3)}.`) + (m.cols.length ? ` Lines: the ${m.cols.length} cells that cell ${s.query} attended to most.` : ""),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'PROTOCOLS', 'DATASETS', 'SIMULATED', 'data_root', 'cache_root', 'sha256', 'verify', 'Task', 'Protocol',
-           'files_of', 'available', 'protocols', 'load_protocol']
+           'files_of', 'available', 'runnable', 'protocols', 'load_protocol']
 
 # %% ../../nbs/data/08_registry.ipynb #d0580c1f
 def _repo_root() -> Path | None:
@@ -294,6 +294,19 @@ SIMULATED: dict[str, Callable[[int], Task]] = {
     "tiny": lambda seed: _liver_task(seed, "tiny"),
     "embryo_sim": _embryo_task,
 }
+
+# %% ../../nbs/data/08_registry.ipynb #c9035fb2
+def runnable(data: str, default: Sequence[str]) -> list[str]:
+    """The tasks that an experiment runs on: those named in `data`, separated by commas, or (empty) `default`; real ones are skipped, aloud, where there is no data folder.
+
+    Raises `InputError` if none is left."""
+    names = [name.strip() for name in data.split(",") if name.strip()] or list(default)
+    absent = [name for name in names if name.partition(":")[0] not in SIMULATED] if data_root() is None else []
+    for name in absent:
+        print(f"{name} is skipped: there is no folder of real data")
+    if len(absent) == len(names):
+        raise InputError("experiment", "data", "nothing left to run on", "set GEARS_DATA to the folder of real data, or name a simulated tissue")
+    return [name for name in names if name not in absent]
 
 # %% ../../nbs/data/08_registry.ipynb #2476c86d
 def protocols() -> list[str]:
