@@ -1,7 +1,6 @@
 """The report is one file, needs no network, survives odd names, and draws what it was given."""
 import json
 import re
-import shutil
 import subprocess
 
 import anndata as ad
@@ -9,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gears_nb.attention.browser import find_browser
 from gears_nb.benchmark.compare import risk_coverage, score_row
 from gears_nb.benchmark.metrics import METRICS
 from gears_nb.core.errors import InputError
 from gears_nb.core.results import SCORE_KEYS
 from gears_nb.runs.report import informative_genes, position_colours, tissue_view, write_report
 
-BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+BROWSER = find_browser()
 
 
 def placed(n=60, genes=12, seed=0):

@@ -122,7 +122,7 @@ class _Edges:
     "Takes the edges of a graph `(B, n, n)` out of dense tensors; `sizes`: real cells of each miniset (padding comes last); `layers`: how many numbers per edge there is room for."
 
     def __init__(self, support: Tensor, sizes: Sequence[int], layers: int):
-        found = [np.flatnonzero(s[:m, :m]).astype(np.int32) for s, m in zip(support.cpu().numpy(), sizes)]     # several times as fast as nonzero
+        found = [np.flatnonzero(s[:m, :m]).astype(np.int32) for s, m in zip(support.cpu().numpy(), sizes)]
         self.pairs = [np.divmod(f, np.int32(m)) for f, m in zip(found, sizes)]
         self.flat = [torch.from_numpy(row * np.int32(support.shape[-1]) + col).to(support.device) for row, col in self.pairs]
         self.free = torch.from_numpy(np.zeros(layers * sum(map(len, self.flat)), np.float32)).to(support.device)     # NumPy asks for large pages
@@ -226,7 +226,8 @@ def record(model: Ladder, H: Tensor, mask: Tensor | None = None, *, edges: Tenso
     """One `AttentionTrace` per miniset of embeddings `H` `(B, n, d)`, in evaluation mode; `mask` `(B, n)`: real cells (None: all).
 
     `edges` `(B, n, n)`: lay out on true edges, gate off (*T-edge*, a diagnosis). `truth` `(B, n, 2)`: true places, kept beside the record and not shown to the model. `about`: plain values to keep.
-    O(B h n^2) time, as the forward pass itself, and O(R h E) memory beside it. The model is left as it was."""
+    O(B h n^2) time, as the forward pass itself, and O(R h E) memory beside it, in one block: a record that is kept keeps those of its batch.
+    The model is left as it was."""
     was_training, mask = model.training, torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
     model.eval()
     try:
@@ -237,8 +238,8 @@ def record(model: Ladder, H: Tensor, mask: Tensor | None = None, *, edges: Tenso
     x, attention, gates = torch.stack(notes.x, 1), notes.heard["attention"], [None] * len(H)
     if notes.gate is not None:
         notes.edges(notes.gate, gates := notes.edges.room(by_head(notes.gate).shape[1]))
-    return [AttentionTrace(*notes.edges.pairs[b], attention[b].float().cpu().numpy(), _logit_terms(model, notes, b, gates[b], attention[b].shape[1]),
-                           _cells(x[b], n), None if gates[b] is None else gates[b].mean(0).float().cpu().numpy(), "H-gate" if edges is None else "T-edge",
+    return [AttentionTrace(*notes.edges.pairs[b], attention[b].cpu().numpy(), _logit_terms(model, notes, b, gates[b], attention[b].shape[1]),
+                           _cells(x[b], n), None if gates[b] is None else gates[b].mean(0).cpu().numpy(), "H-gate" if edges is None else "T-edge",
                            None if truth is None else _cells(truth[b], n), {**(about or {}), "miniset": b}) for b, n in enumerate(notes.sizes)]
 
 

@@ -147,7 +147,7 @@ def attention_explorer(traces: Traces, **state: Any) -> Explorer:
 def recycle_player(traces: Traces, **state: Any) -> Explorer:
     """How does the layout come about? `traces` as in `attention_explorer`. Settings: miniset, graph, recycle (0: the first guess), query.
 
-    Energies of all layouts are computed here, 20 ms each for 384 cells, so that no slider has to wait for them. Raises `InputError`."""
+    Energies of all layouts are computed here, so that no slider has to wait for them. Raises `InputError`."""
     return _traces("recycles", traces, state)
 
 

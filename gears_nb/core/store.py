@@ -119,10 +119,10 @@ def content_digest(*objs: Any) -> str:
     return h.hexdigest()
 
 # %% ../../nbs/core/05_store.ipynb #c0dedig1
-def code_digest(chapters: tuple[str, ...]) -> str:
-    "Digest of the modules of some chapters of this package (such as core and data), comments and blank lines aside."
+def code_digest(parts: tuple[str, ...]) -> str:
+    "Digest of the modules of chapters (`core`) and of single modules (`attention/trace`) of this package, comments and blank lines aside."
     root, h = Path(__file__).resolve().parents[1], hashlib.blake2b(digest_size=16)
-    for path in sorted(p for chapter in chapters for p in (root / chapter).glob("*.py")):
+    for path in sorted(p for part in parts for p in ((root / part).glob("*.py") if (root / part).is_dir() else [root / f"{part}.py"])):
         lines = (line.rstrip() for line in path.read_text(encoding="utf-8").splitlines())
         h.update("\n".join([path.name, *(x for x in lines if x and not x.lstrip().startswith("#"))]).encode())
     return h.hexdigest()

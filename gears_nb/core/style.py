@@ -52,9 +52,9 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 # %% ../../nbs/core/08_style.ipynb #theme014
-def css_variables(prefix: str = "") -> str:
-    "Both themes as CSS: variables `--ink`, `--paper`, ... of the page (`--{prefix}ink`, if asked for), the dark ones where the reader's system is dark."
-    names = {theme: " ".join(f"--{prefix}{role}:{colour};" for role, colour in colours.items() if isinstance(colour, str)) for theme, colours in THEMES.items()}
+def css_variables() -> str:
+    "Both themes as CSS: variables `--ink`, `--paper`, ... of the page, the dark ones where the reader's system is dark."
+    names = {theme: " ".join(f"--{role}:{colour};" for role, colour in colours.items() if isinstance(colour, str)) for theme, colours in THEMES.items()}
     return f":root {{ color-scheme:light dark; {names['light']} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {names['dark']} }} }}\n"
 
 # %% ../../nbs/core/08_style.ipynb #863c0d9c
