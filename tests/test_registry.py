@@ -186,3 +186,5 @@ def test_experiments_run_on_what_is_there(monkeypatch, capsys):
     assert "her2st_A is skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match="GEARS_DATA"):
         registry.runnable("", ["her2st_A"])
+    with pytest.raises(InputError, match="unknown name 'nonsense'"):
+        registry.runnable("tiny, nonsense", [])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'PROTOCOLS', 'DATASETS', 'SIMULATED', 'data_root', 'cache_root', 'sha256', 'verify', 'Task', 'Protocol',
-           'files_of', 'available', 'runnable', 'protocols', 'load_protocol']
+           'files_of', 'available', 'protocols', 'check_name', 'load_protocol', 'runnable']
 
 # %% ../../nbs/data/08_registry.ipynb #d0580c1f
 def _repo_root() -> Path | None:
@@ -295,34 +295,41 @@ SIMULATED: dict[str, Callable[[int], Task]] = {
     "embryo_sim": _embryo_task,
 }
 
-# %% ../../nbs/data/08_registry.ipynb #c9035fb2
-def runnable(data: str, default: Sequence[str]) -> list[str]:
-    """The tasks that an experiment runs on: those named in `data`, separated by commas, or (empty) `default`; real ones are skipped, aloud, where there is no data folder.
-
-    Raises `InputError` if none is left."""
-    names = [name.strip() for name in data.split(",") if name.strip()] or list(default)
-    absent = [name for name in names if name.partition(":")[0] not in SIMULATED] if data_root() is None else []
-    for name in absent:
-        print(f"{name} is skipped: there is no folder of real data")
-    if len(absent) == len(names):
-        raise InputError("experiment", "data", "nothing left to run on", "set GEARS_DATA to the folder of real data, or name a simulated tissue")
-    return [name for name in names if name not in absent]
-
 # %% ../../nbs/data/08_registry.ipynb #2476c86d
 def protocols() -> list[str]:
     "Names that `load_protocol` understands, simulated ones first."
     return [*SIMULATED, *PROTOCOLS]
 
 
+def check_name(name: str) -> None:
+    "`InputError` (with the closest one) for a name that is in no list."
+    if name not in protocols():
+        close = difflib.get_close_matches(name, protocols(), 1)
+        remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(protocols())}"
+        raise InputError("registry", "protocol", f"unknown name {name!r}", remedy)
+
+
 def load_protocol(name: str, seed: int = 0) -> Task:
     "The `Task` called `name`. `InputError` for an unknown name (with the closest one), an absent data folder or an absent file."
     if name in SIMULATED:
         return SIMULATED[name](seed)
-    if name not in PROTOCOLS:
-        close = difflib.get_close_matches(name, protocols(), 1)
-        remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(protocols())}"
-        raise InputError("registry", "protocol", f"unknown name {name!r}", remedy)
+    check_name(name)
     root = data_root()
     if root is None:
         raise InputError(name, "GEARS_DATA", "the data folder was not found", "set GEARS_DATA to the folder that holds the data sets")
     return _real_task(PROTOCOLS[name], root, seed)
+
+# %% ../../nbs/data/08_registry.ipynb #c9035fb2
+def runnable(data: str, default: Sequence[str]) -> list[str]:
+    """The tasks that an experiment runs on: those named in `data`, separated by commas, or (empty) `default`; real ones are skipped, aloud, where there is no data folder.
+
+    `NAME:SEED` is a simulated one of another seed. Raises `InputError` for unknown names, and if none is left."""
+    names = [name.strip() for name in data.split(",") if name.strip()] or list(default)
+    for name in names:
+        check_name(name.partition(":")[0])
+    absent = [name for name in names if name.partition(":")[0] not in SIMULATED] if data_root() is None else []
+    for name in absent:
+        print(f"{name} is skipped: there is no folder of real data")
+    if len(absent) == len(names):
+        raise InputError("experiment", "data", "nothing left to run on", "set GEARS_DATA to the folder of real data, or name a simulated tissue")
+    return [name for name in names if name not in absent]
