@@ -128,7 +128,7 @@ STRONG = 5  # strongest edges that the recycle player draws
 
 
 def layout_energies(traces: Mapping[str, AttentionTrace]) -> dict[str, list[float]]:
-    "`E_geo` of each layout (R + 1) of the records of one miniset, by graph, against targets of the default sizes; empty where the truth is not known. About 20 ms per layout of 384 cells."
+    "`E_geo` of each layout (R + 1) of the records of one miniset, by graph, against targets of the default sizes; empty where the truth is not known. O(R n^3), as the targets are."
     known = {name: t for name, t in traces.items() if t.truth is not None}
     if not known:
         return {}
