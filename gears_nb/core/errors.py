@@ -5,8 +5,14 @@
 # %% ../../nbs/core/01_errors.ipynb #89f5b402
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 # %% auto #0
-__all__ = ['InputError', 'GearsWarning']
+__all__ = ['InputError', 'speaking', 'option', 'GearsWarning', 'heard']
 
 # %% ../../nbs/core/01_errors.ipynb #debef964
 def _one_line(text: object) -> str:
@@ -35,6 +41,49 @@ class InputError(ValueError):
         # The default rebuilds an exception from its message alone, which loses the four facts between worker processes.
         return type(self), (self.source, self.field, self.problem, self.remedy)
 
+# %% ../../nbs/core/01_errors.ipynb #43fc9610
+_LANGUAGE: ContextVar[str] = ContextVar("language", default="python")
+
+
+@contextmanager
+def speaking(language: str) -> Iterator[None]:
+    "Within this context `option` answers in `language`: `shell` (the command line) or `python`."
+    token = _LANGUAGE.set(language)
+    try:
+        yield
+    finally:
+        _LANGUAGE.reset(token)
+
+
+def option(name: str, value: object = "...") -> str:
+    """How the reader of a message gives `name` the `value`.
+
+    On the command line a flag (`--min-genes 20`), or `--set structure.miniset=40` for the dotted name of a setting; in Python a keyword (`min_genes=20`), or an
+    override of `profile`.
+    """
+    setting = "." in name or name == "counts"
+    if _LANGUAGE.get() == "shell":
+        return f"--set {name}={str(value).lower() if isinstance(value, bool) else value}" if setting else f"--{name.replace('_', '-')} {value}"
+    text = value if value == "..." or not isinstance(value, str) else repr(value)
+    return f"profile(..., **{{'{name}': {text}}})" if "." in name else f"{name}={text}"
+
 # %% ../../nbs/core/01_errors.ipynb #4f0e39b2
 class GearsWarning(UserWarning):
     """Something was repaired, dropped or only partly possible; the message says how much of what."""
+
+# %% ../../nbs/core/01_errors.ipynb #da2aae17
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    "Within this context every `GearsWarning` is shown, also one that was shown before, and its text is added to the yielded list."
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=GearsWarning, append=True)
+        show = warnings.showwarning
+
+        def listen(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, GearsWarning):
+                said.append(str(message))
+            show(message, category, *rest, **more)
+
+        warnings.showwarning = listen
+        yield said
