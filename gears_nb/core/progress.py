@@ -5,13 +5,15 @@
 # %% ../../nbs/core/06_progress.ipynb #0d94d223
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['T', 'progress_bar', 'progress']
+__all__ = ['T', 'progress_bar', 'progress', 'working']
 
 # %% ../../nbs/core/06_progress.ipynb #4f7ee23a
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar:24}| {elapsed} elapsed, {remaining} left{postfix}"
@@ -38,3 +40,33 @@ def progress(iterable: Iterable[T], total: int | None = None, desc: str = "", en
         for item in iterable:
             yield item
             bar.update(1)
+
+# %% ../../nbs/core/06_progress.ipynb #6ea114d2
+@contextmanager
+def working(what: str, enabled: bool = True, expected: float | None = None, after: float = 1.0, file: Any = None) -> Iterator[None]:
+    "Show `what` and the seconds it has taken, and about how many are left if `expected`, once it has taken `after` seconds."
+    if not enabled:
+        yield
+        return
+    over = threading.Event()
+
+    def tell() -> None:
+        if over.wait(after):
+            return
+        look = "{desc}: {elapsed} elapsed{postfix}"
+        with tqdm(total=None, desc=what, bar_format=look, file=file, dynamic_ncols=True) as line:
+            line.start_t -= after
+            while True:
+                left = (expected or 0) - (line._time() - line.start_t)
+                line.set_postfix_str(f"about {left:.0f} s left" if left > 0 else "", refresh=False)
+                line.refresh()
+                if over.wait(1.0):
+                    break
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()

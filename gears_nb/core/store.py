@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +26,48 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['atomic_path', 'content_digest', 'code_digest', 'write_json', 'Store']
+__all__ = ['FORMAT', 'atomic_path', 'content_digest', 'code_digest', 'write_json', 'Store']
 
 # %% ../../nbs/core/05_store.ipynb #d3147894
+def _sweep(folder: Path, name: str) -> None:
+    "Remove temporary files of `name` whose process on this machine is gone."
+    for old in folder.glob(f".tmp-{socket.gethostname()}-*-{glob_escape(name)}"):
+        owner = old.name.removeprefix(f".tmp-{socket.gethostname()}-").split("-", 1)[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            old.unlink(missing_ok=True)
+        except (ValueError, OSError):  # another user's process, which lives
+            continue
+
+
+def _permissions(path: Path) -> int:
+    "Those of the file at `path`, or what the umask grants a new one."
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; on success rename it to `path`, on any exception remove it.
 
-    Missing parent folders are made. Raises `InputError` if the place cannot be written to.
+    A link is followed. Missing parent folders are made. Raises `InputError` if the place cannot be written to.
     """
-    path = Path(path)
-    tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    path = Path(os.path.realpath(path))
+    tmp = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent, path.name)
         tmp.touch()
     except OSError as error:
         raise InputError(path, "output", f"cannot be written ({error.strerror})", "choose a writable folder") from error
     try:
         yield tmp
+        os.chmod(tmp, _permissions(path))  # some writers choose their own
         with open(tmp, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(tmp, path)
@@ -156,19 +183,24 @@ def _write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     save_file(plain, str(path))
 
 # %% ../../nbs/core/05_store.ipynb #96216ffc
+FORMAT = 2  # of the record; 1 had no seal
+
+
 def _commit(record: Path, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     "Put an artifact on disk so that `record` always points to a complete file."
     name = record.name.removesuffix(".json")
-    staging = record.with_name(f"{name}.staging.safetensors")
+    staging = record.with_name(f"{name}.staging-{socket.gethostname()}-{os.getpid()}.safetensors")
     with atomic_path(staging) as tmp:
         _write_tensors(tmp, tensors)
     digest = _file_digest(staging)
     data = record.with_name(f"{name}.{digest}.safetensors")
     os.replace(staging, data)
-    write_json(record, {"format": 1, "tensors": data.name, "digest": digest, "meta": dict(meta)})
-    stale = re.compile(re.escape(name) + r"\.([0-9a-f]{32}|staging)\.safetensors")
+    meta = json.loads(json.dumps(dict(meta), allow_nan=False))  # as it will be read
+    write_json(record, {"format": FORMAT, "tensors": data.name, "digest": digest, "meta": meta, "seal": content_digest(digest, meta)})
+    stale = re.compile(re.escape(name) + r"\.[0-9a-f]{32}\.safetensors")
     for old in record.parent.iterdir():
-        if stale.fullmatch(old.name) and old != data:
+        abandoned = old.name.startswith(f"{name}.staging-") and time.time() - old.stat().st_mtime > 3600  # by a killed process
+        if (stale.fullmatch(old.name) and old != data) or abandoned:
             old.unlink(missing_ok=True)
 
 # %% ../../nbs/core/05_store.ipynb #8ed2d46f
@@ -176,20 +208,31 @@ def _damaged(path: Path, why: str) -> InputError:
     return InputError(path, "artifact", f"is damaged ({why})", "delete it and compute it again")
 
 
-def _checked_record(record: Path) -> tuple[Path, dict[str, Any]]:
-    "The data file and the meta data of a record, or `InputError` if either is not what it should be."
+def _read_record(record: Path) -> dict[str, Any]:
+    "The record as it was written, or `InputError`: not there, not readable, of another format, edited."
     if not record.is_file():
         raise InputError(record, "artifact", "does not exist", "compute it first, or check the folder")
     try:
         entry = json.loads(record.read_text(encoding="utf-8"))
-        data, digest, meta = record.with_name(entry["tensors"]), entry["digest"], entry["meta"]
+        parts = entry["format"], entry["tensors"], entry["digest"], entry["meta"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(record, "the record is not readable") from error
+    if parts[0] != FORMAT:
+        raise InputError(record, "format", f"is {parts[0]!r}, this version reads {FORMAT}", "use the version that wrote it, or compute it again")
+    if entry.get("seal") != content_digest(entry["digest"], entry["meta"]):
+        raise _damaged(record, "its content does not match its seal: it was edited")
+    return entry
+
+
+def _checked_record(record: Path) -> tuple[Path, dict[str, Any]]:
+    "The data file and the meta data of a record, or `InputError` if either is not what it should be."
+    entry = _read_record(record)
+    data = record.with_name(entry["tensors"])
     if not data.is_file():
         raise _damaged(record, f"{data.name} is missing")
-    if _file_digest(data) != digest:
+    if _file_digest(data) != entry["digest"]:
         raise _damaged(data, "its content does not match its digest")
-    return data, meta
+    return data, entry["meta"]
 
 # %% ../../nbs/core/05_store.ipynb #a006e0ed
 class Store:
