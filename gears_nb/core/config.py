@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, option
 from .store import content_digest
 
 # %% auto #0
-__all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'Section', 'TrainConfig', 'MetricConfig', 'EncoderConfig', 'TargetConfig',
-           'StructureConfig', 'PatchConfig', 'SolveConfig', 'GearsConfig', 'to_dict', 'from_dict', 'digest',
-           'expand_key', 'profile', 'override', 'parse_overrides']
+__all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'INFERENCE', 'Section', 'TrainConfig', 'MetricConfig', 'EncoderConfig',
+           'TargetConfig', 'StructureConfig', 'PatchConfig', 'SolveConfig', 'GearsConfig', 'to_dict', 'from_dict',
+           'digest', 'training_digest', 'expand_key', 'profile', 'override', 'parse_overrides']
 
 # %% ../../nbs/core/03_config.ipynb #d10ac770
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight", "even"), (0, float("inf"))),
     **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
     **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "space", "near", "landmarks", "overlap", "width"), (1, float("inf"))),
+    "seed": (0, 2**63 - 1),
     **dict.fromkeys(("sharpness", "lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
 }
 "Closed ranges by field name; for a tuple, the range of its members."
@@ -88,6 +89,10 @@ class Section:
         for field in dataclasses.fields(self):
             value = _checked(field.name, getattr(self, field.name), _hints(type(self))[field.name])
             object.__setattr__(self, field.name, value)
+        self._together()
+
+    def _together(self) -> None:
+        "Raise `InputError` for values that are right one by one and wrong together; sections that have such values say so here."
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,14 @@ class StructureConfig(Section):
     h_dropout: float = 0.1  # augmentation of H: dropped dimensions
     edge_drop: float = 0.2  # augmentation: dropped candidate edges
 
+    def _together(self) -> None:
+        if self.dim % self.heads:
+            fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
+            near = min(fits, key=lambda h: abs(h - self.heads))
+            raise InputError("config", "heads", f"is {self.heads}, which does not divide dim, {self.dim}", f"use for example {option('structure.heads', near)}")
+        if not self.global_fraction or not all(0 <= share <= 1 for share in self.global_fraction):
+            raise InputError("config", "global_fraction", f"is {self.global_fraction}", "give shares between 0 and 1")
+
 # %% ../../nbs/core/03_config.ipynb #f684ec4d
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig(Section):
@@ -204,6 +217,11 @@ class PatchConfig(Section):
     k_graph: int = 20  # neighbours in the graph over H
     jaccard: float = 0.05  # smallest neighbourhood overlap of an edge
     batch: int = 8  # patches per forward pass
+
+    def _together(self) -> None:
+        if self.size < 4 or self.landmarks >= self.size:
+            raise InputError("config", "landmarks", f"is {self.landmarks}, with {self.size} cells per patch",
+                             f"keep landmarks below size, and size at 4 or more, for example {option('patches.landmarks', max(1, self.size // 4))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +349,15 @@ def digest(config: Section) -> str:
     "32 hexadecimal digits that change with every value that can change a result (so not with `progress`)."
     return content_digest(type(config).__name__, _audible(to_dict(config)))
 
+
+INFERENCE = ("patches", "solve")  # the sections that a trained model does not depend on
+
+
+def training_digest(config: GearsConfig) -> str:
+    "`digest` of what shapes a trained model: everything but the settings of patches and solve, and the label of the profile."
+    tree = _audible(to_dict(config))
+    return content_digest("training", {k: v for k, v in tree.items() if k not in (*INFERENCE, "profile")})
+
 # %% ../../nbs/core/03_config.ipynb #60919662
 def _paths(section: type, prefix: str = "") -> Iterator[str]:
     "Dotted paths of all fields that hold a value."
@@ -372,6 +399,8 @@ def profile(name: str = "toy", **overrides: Any) -> GearsConfig:
     tree: dict[str, Any] = {"profile": name, "targets": {}}
     for key, value in PROFILES[name].items():
         _place(tree, key, value)
+    if "profile" in overrides:
+        raise InputError("config", "profile", "is no override: it would only change the label", f"name it first: profile({overrides['profile']!r}, ...)")
     return override(from_dict(tree), overrides)
 
 
@@ -384,6 +413,9 @@ def override(config: GearsConfig, changes: Mapping[str, Any]) -> GearsConfig:
     return from_dict(tree)
 
 # %% ../../nbs/core/03_config.ipynb #422e18ab
+_WORDS = {"true": True, "false": False, "none": None}  # as people type them
+
+
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     "`['structure.epochs=3', 'device=cpu']` -> `{'structure.epochs': 3, 'device': 'cpu'}`."
     out: dict[str, Any] = {}
@@ -391,8 +423,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise InputError("config", pair, "is not of the form key=value", "write for example structure.epochs=3")
+        key, text = key.strip(), text.strip()
         try:
-            out[key.strip()] = ast.literal_eval(text.strip())
+            out[key] = _WORDS[text.lower()] if text.lower() in _WORDS else ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            out[key.strip()] = text.strip()
+            out[key] = text
     return out
