@@ -35,9 +35,11 @@ COLOURS: dict[str, str] = {
 THEMES: dict[str, dict[str, Any]] = {
     "light": {"paper": "#ffffff", "card": "#f6f8f9", "ink": "#1c2126", "soft": "#5b6670", "line": "#d9dee3", "faint": "#c6ced5", "accent": "#0072B2",
               "truth": "#009E73", "query": "#D55E00", "wrong": "#D55E00", "warn": "#9a5b00",
+              "problem": "#aa4b00", "caution": "#E69F00", "on_caution": "#1c2126", "good": "#007656",
               "ramp": ["#bbe1f6", "#56B4E9", "#0072B2", "#00304b"], "split": ["#0072B2", "#80b8d8", "#f6f8f9", "#eaae80", "#D55E00"]},
     "dark": {"paper": "#14181c", "card": "#1c2227", "ink": "#e8ecef", "soft": "#a3adb6", "line": "#323a42", "faint": "#46525c", "accent": "#56B4E9",
              "truth": "#40b696", "query": "#e28e4d", "wrong": "#e28e4d", "warn": "#f0b35a",
+             "problem": "#e28e4d", "caution": "#F0E442", "on_caution": "#14181c", "good": "#40b696",
              "ramp": ["#244c62", "#0072B2", "#56B4E9", "#e6f4fc"], "split": ["#56B4E9", "#2b5a74", "#1c2227", "#714726", "#e28e4d"]},
 }
 "Colours of the screen, by theme and role."
