@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from ..core.errors import GearsWarning, InputError
+from ..core.errors import GearsWarning, InputError, option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ENSEMBL', 'SYMBOL_COLUMNS', 'ENSEMBL_COLUMNS', 'vocabulary', 'spoken_names', 'common_vocabulary', 'Located', 'locate',
-           'GeneMatch', 'take_genes', 'match_genes']
+           'GeneMatch', 'species_note', 'take_genes', 'match_genes']
 
 # %% ../../nbs/data/03_genes.ipynb #3a16da8b
 ENSEMBL = re.compile(r"^ENS[A-Z]{0,6}G\d{6,}(\.\d+)?$")
@@ -145,27 +145,46 @@ class GeneMatch:
 
     def apply(self, adata: AnnData, source: str = "cells", *, fill_missing: bool = False) -> AnnData:
         """`adata` with exactly the common genes in the common order; see `take_genes`."""
-        return take_genes(adata, self.genes, self.kind, source, fill_missing=fill_missing)
+        # A source of the match was warned about when it was matched.
+        return _take(adata, self.genes, self.kind, source, fill_missing, warn=source not in self.sources)
+
+# %% ../../nbs/data/03_genes.ipynb #562c29c3
+def species_note(wanted: Sequence[str], names: Sequence[str], found: Located, source: str, other: str) -> str:
+    """A line for when at least 20 and a fifth of the genes found in `names` of `source` differ from `wanted` of `other` in case; else empty."""
+    case = np.flatnonzero(found.how == "case")
+    shared = int((found.position >= 0).sum())
+    if len(case) < max(20, 0.2 * shared):
+        return ""
+    here, there = names[found.position[case[0]]], wanted[case[0]]
+    return (f"{source}: genes: {len(case)} of {shared} shared genes were matched only by ignoring case ({here} here, {there} in {other}): "
+            "the tables look like different species. If they are, translate one to the orthologues of the other; if not, spell both alike")
 
 # %% ../../nbs/data/03_genes.ipynb #bf2e7640
 def take_genes(adata: AnnData, genes: Sequence[str], kind: str, source: str = "cells", *, fill_missing: bool = False) -> AnnData:
     """New AnnData (n, len(genes)) with X, obs, obsm, uns of `adata`, columns `genes` in that order; `adata` is untouched.
 
-    Raises `InputError` for genes that cannot be found, unless `fill_missing` puts zeros there.
+    Raises `InputError` for genes that cannot be found, unless `fill_missing` puts zeros there; warns if the table looks like another species.
     """
+    return _take(adata, genes, kind, source, fill_missing, warn=True)
+
+
+def _take(adata: AnnData, genes: Sequence[str], kind: str, source: str, fill_missing: bool, *, warn: bool) -> AnnData:
+    """`take_genes`; `warn=False` for a table whose genes were already spoken about."""
     from anndata import AnnData
 
     names = spoken_names(adata, kind)
     if names is None:
         raise InputError(source, "var_names (genes)", f"do not speak the model's vocabulary ({kind})", f"add a var column with the {kind} of each gene")
     found = locate(genes, names)
+    if warn and (note := species_note(genes, names, found, source, "the model")):
+        warnings.warn(note, GearsWarning, stacklevel=4)
     missing = np.flatnonzero(found.position < 0)
     if len(missing) and not fill_missing:
         first = ", ".join(f"{genes[i]} ({found.how[i]})" for i in missing[:5])
         raise InputError(source, "var_names (genes)", f"{len(missing)} of {len(genes)} common genes cannot be found: {first}", "match this source too")
     X = (adata.X.tocsc() if sp.issparse(adata.X) else np.asarray(adata.X))[:, np.maximum(found.position, 0)]
     if len(missing):
-        warnings.warn(f"{source}: {len(missing)} of {len(genes)} genes are missing and set to zero", GearsWarning, stacklevel=3)
+        warnings.warn(f"{source}: {len(missing)} of {len(genes)} genes are missing and set to zero", GearsWarning, stacklevel=4)
         there = (found.position >= 0).astype(np.float32)
         X = X @ sp.diags(there) if sp.issparse(X) else X * there
     X = sp.csr_matrix(X) if sp.issparse(X) else X
@@ -174,7 +193,8 @@ def take_genes(adata: AnnData, genes: Sequence[str], kind: str, source: str = "c
     return out
 
 # %% ../../nbs/data/03_genes.ipynb #68192e84
-def _too_few(spoken: Sequence[Sequence[str]], names: Sequence[str], wanted: Sequence[str], found: Sequence[Located], min_genes: int) -> InputError:
+def _too_few(spoken: Sequence[Sequence[str]], names: Sequence[str], wanted: Sequence[str], found: Sequence[Located],
+             min_genes: int) -> InputError:
     """The error for too small an intersection: up to five names of both sides that found no partner."""
     worst = int(np.argmin([(f.position >= 0).sum() for f in found]))
     lost = found[worst].position < 0
@@ -182,8 +202,15 @@ def _too_few(spoken: Sequence[Sequence[str]], names: Sequence[str], wanted: Sequ
     sides = [[w for w, gone in zip(wanted, lost, strict=True) if gone], [n for n in spoken[worst] if n not in partners]]
     here, there = (", ".join(side[:5]) or "none" for side in sides)
     common = int(np.all([f.position >= 0 for f in found], axis=0).sum())
-    problem = f"{common} genes shared by all sources, {min_genes} are needed; only in {names[0]}: {here}; only in {names[worst]}: {there}"
-    return InputError(names[worst], "var_names (genes)", problem, "give tables of one species and one naming, or allow fewer with --min-genes")
+    smallest = min(range(len(names)), key=lambda k: (len(spoken[k]), k != worst))
+    small = 2 * common > len(spoken[smallest])
+    panel = f"the panel of {names[smallest]} is small ({len(spoken[smallest])} genes); " if small else ""
+    only = f"only in {names[0]}: {here}; only in {names[worst]}: {there}"
+    problem = f"{common} genes shared by all sources, {min_genes} are needed; {panel}{only}"
+    fewer = option("min_genes", common)
+    naming = "give tables of one species and one naming" + (f", or allow fewer, {fewer}" if common else "")
+    remedy = f"go on with these genes, {fewer}" if small else naming
+    return InputError(names[smallest if small else worst], "var_names (genes)", problem, remedy)
 
 
 def match_genes(tables: Sequence[AnnData], names: Sequence[str] | None = None, min_genes: int = 50) -> GeneMatch:
@@ -205,6 +232,9 @@ def match_genes(tables: Sequence[AnnData], names: Sequence[str] | None = None, m
     genes = tuple(w for w, keep in zip(wanted, shared, strict=True) if keep)
     match = GeneMatch(genes, kind, min_genes, names, tuple(tuple(map(str, t.var_names)) for t in tables), fate)
     _warn(match)
+    for own, place, name in zip(spoken[1:], found[1:], names[1:], strict=True):
+        if note := species_note(wanted, own, place, name, names[0]):
+            warnings.warn(note, GearsWarning, stacklevel=3)
     return match
 
 # %% ../../nbs/data/03_genes.ipynb #ed6d7823
