@@ -255,6 +255,11 @@ def in_memory(adata: AnnData) -> AnnData:
     return adata.to_memory() if adata.isbacked else adata
 
 
+def _own_index(value: Any) -> Any:
+    """A frame with an index object of its own: anndata renames the index of frames in `obsm`, and it may be that of `obs`."""
+    return value.set_axis(value.index.copy(), axis=0) if hasattr(value, "set_axis") else value
+
+
 def rebuilt(adata: AnnData, **parts: Any) -> AnnData:
     """A new table of the parts of `adata`, some replaced by `parts`. X, layers and other arrays are shared, not copied."""
     from anndata import AnnData
@@ -263,9 +268,11 @@ def rebuilt(adata: AnnData, **parts: Any) -> AnnData:
     whole |= {name: dict(getattr(adata, name)) for name in ("uns", "obsm", "varm", "layers", "obsp", "varp")}
     if adata.raw is not None:
         whole["raw"] = {"X": adata.raw.X, "var": adata.raw.var, "varm": dict(adata.raw.varm)}
+    whole |= parts
+    whole |= {name: {key: _own_index(value) for key, value in whole[name].items()} for name in ("obsm", "varm")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*names are not unique")
-        return AnnData(**(whole | parts))
+        return AnnData(**whole)
 
 
 def _raw_counts(adata: AnnData, source: str) -> Any:
@@ -469,7 +476,8 @@ def _column(values: pd.Series) -> tuple[pd.Series | None, str]:
     if takes("column", values.array if not isinstance(values.dtype, np.dtype) else values.to_numpy()):
         return values, ""
     if pd.api.types.infer_dtype(values, skipna=True) in ("integer", "floating", "mixed-integer-float", "decimal"):
-        return pd.to_numeric(values, errors="coerce").astype(np.float64), "numbers"
+        found = pd.to_numeric(values, errors="coerce")
+        return found if isinstance(found.dtype, np.dtype) and found.dtype.kind in "iuf" else found.astype(np.float64), "numbers"
     text = _text_column(values)
     if text is None or not takes("column", text.array if text.dtype != object else text.to_numpy()):
         return None, ""
@@ -494,7 +502,7 @@ def _frame(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
             notes.append(f"{where}: the column {name!r} was written as '{key}'")
         columns[key] = values.array
     index = frame.index
-    if index.dtype != object or pd.api.types.infer_dtype(index) not in ("string", "empty"):
+    if not _is_plain(index.to_numpy()) and (index.dtype != object or pd.api.types.infer_dtype(index) not in ("string", "empty")):
         index = pd.Index(np.array([str(v) for v in index], dtype=object), name=index.name)
         notes.append(f"the names of {where} were written as plain text")
     if index.name is not None and (not isinstance(index.name, str) or index.name in columns or not takes(index.name, 0)):
