@@ -25,7 +25,7 @@ from .seeding import stream_seed, torch_rng
 from .store import Store, atomic_path, content_digest
 
 # %% auto #0
-__all__ = ['TrainingError', 'History', 'to_device', 'lr_share', 'train']
+__all__ = ['TrainingError', 'History', 'check_device', 'to_device', 'lr_share', 'train']
 
 # %% ../../nbs/core/07_training.ipynb #677dd3a3
 class TrainingError(RuntimeError):
@@ -140,16 +140,23 @@ class _Checkpoint:
                 handle.write(text)
 
 # %% ../../nbs/core/07_training.ipynb #8af37dca
+def check_device(device: str) -> tuple[str, int]:
+    "Kind (`cpu` or `cuda`) and number of a device such as `auto` or `cuda:1`. Raises `InputError` for one that is not there."
+    kind, _, index = device.partition(":")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or int(index or 0) >= count:
+        have = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise InputError("config", "train.device", f"{device!r} is not available here", f"use one of {have}")
+    return kind, int(index or 0)
+
+
 def _fabric(config: TrainConfig) -> Any:
     "A Fabric for `config.device` and `config.precision`. Raises `InputError` for a device that is not there."
     from lightning_fabric import Fabric
 
-    kind, _, index = config.device.partition(":")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or int(index or 0) >= count:
-        raise InputError("config", "train.device", f"{config.device!r} is not available here", "use auto, cpu or cuda")
-    return Fabric(accelerator=kind, devices=1 if kind == "cpu" else [int(index or 0)], precision=config.precision)
+    kind, index = check_device(config.device)
+    return Fabric(accelerator=kind, devices=1 if kind == "cpu" else [index], precision=config.precision)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

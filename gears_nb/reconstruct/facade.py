@@ -5,25 +5,33 @@
 # %% ../../nbs/reconstruct/06_facade.ipynb #2412ad79
 from __future__ import annotations
 
-import shutil
+import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
-from fastcore.basics import patch
 
-from ..core.config import GearsConfig, digest, from_dict, profile, to_dict
-from ..core.errors import GearsWarning, InputError
-from ..core.store import Store, content_digest
-from ..data.genes import GeneMatch, match_genes, take_genes
+from ..core.config import GearsConfig, expand_key, from_dict, override, profile, to_dict, training_digest
+from ..core.errors import GearsWarning, InputError, option
+from ..core.locks import alone, shared_folder, sweep
+from ..core.progress import working
+from ..core.store import Store, code_digest, content_digest
+from ..core.training import check_device
+from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_genes
+from ..data.preprocess import row_totals
 from ..data.registry import cache_root
+from ..data.sections import repeated_sections, section_labels, split_sections
 from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
+from .depth import Evidence, measure_evidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
 from ..structure.fit import fit_ensemble
@@ -33,18 +41,30 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['source_names', 'Reference', 'prepare_reference', 'Fitted', 'train_all', 'write_result', 'Gears', 'describe_run']
+__all__ = ['FEWEST', 'FEW', 'MODEL_FORMAT', 'source_names', 'sections_of', 'Reference', 'clean_slides', 'slides_digest',
+           'prepare_reference', 'Fitted', 'train_all', 'keep_training', 'find_or_train', 'Query', 'match_query',
+           'write_result', 'describe_run', 'Gears', 'write_fitted', 'read_config', 'read_fitted']
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #09440e3e
 def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
-    "A name per table for messages: its only label in `obs['slide']`, else `prefix 1`, `prefix 2`, ..."
-    out = []
+    "A name per table for messages: its only label in `obs['slide']`, numbered where it comes again, else `prefix 1`, `prefix 2`, ..."
+    out: list[str] = []
     for i, slide in enumerate(slides, 1):
         labels = slide.obs["slide"].astype(str).unique() if "slide" in slide.obs else ()
-        out.append(str(labels[0]) if len(labels) == 1 else f"{prefix} {i}")
+        name = str(labels[0]) if len(labels) == 1 and labels[0] else f"{prefix} {i}"
+        out.append(name if name not in out else f"{name} ({i})")
     return out
 
 
+def sections_of(tables: AnnData | Sequence[AnnData], slide_key: str | None = None) -> list[AnnData]:
+    "Every section of one table or of several, apart and in memory (`data.sections` has the rules). Raises `InputError`."
+    given = [tables] if hasattr(tables, "obs_names") else list(tables)
+    for i, table in enumerate(given, 1):
+        if not hasattr(table, "obs_names"):
+            raise InputError("fit", f"slide {i}", f"is a {type(table).__name__}, not an AnnData table", "read files with gears_nb.data.io.read")
+    return [part for i, table in enumerate(given, 1) for part in split_sections(table, f"slide {i}", slide_key)]
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #1786659f
 @dataclass(frozen=True)
 class Reference:
     "Matched reference: slides `(n_s, genes)` with coordinates, the gene match, one validation report per source."
@@ -52,20 +72,60 @@ class Reference:
     slides: list[AnnData]
     match: GeneMatch
     reports: list[Report]
+    origin: str  # digest of the clean slides, before genes were matched
 
 
-def prepare_reference(slides: Sequence[AnnData], cells: AnnData | None, config: GearsConfig) -> Reference:
-    "Validate `slides` (and `cells`, whose gene names take part in the matching) and match genes. Raises `InputError`."
-    if not slides:
+def _once(slides: list[AnnData], cells: AnnData | None) -> list[AnnData]:
+    "`slides` without copies of earlier ones; says so, and says if the cells are one of the slides."
+    names, tables = source_names(slides), [*slides, *([cells] if cells is not None else [])]
+    copies = set()
+    for later, earlier in repeated_sections(tables):
+        if later < len(slides):
+            copies.add(later)
+            warnings.warn(f"{names[later]}: holds the same spots as {names[earlier]}, used once", GearsWarning, stacklevel=4)
+        else:
+            warnings.warn(f"cells: are the spots of {names[earlier]}, which the model learns from: their places are no prediction", GearsWarning, stacklevel=4)
+    return [slide for i, slide in enumerate(slides) if i not in copies]
+
+
+def _with_counts(slide: AnnData, name: str, least: int) -> AnnData:
+    "The spots that have a count in the shared genes; `InputError` if fewer than `least` are left."
+    there = row_totals(slide.X != 0) > 0
+    if there.all():
+        return slide
+    warnings.warn(f"{name}: {(~there).sum()} spots without counts in the shared genes left out", GearsWarning, stacklevel=4)
+    if there.sum() < least:
+        raise InputError(name, "X", f"{there.sum()} spots have counts in the shared genes, at least {least} are needed", "leave this section out")
+    return slide[there].copy()
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #6e235733
+def clean_slides(slides: AnnData | Sequence[AnnData], cells: AnnData | None, config: GearsConfig, *, slide_key: str | None = None,
+                 plane: str | None = None) -> tuple[list[AnnData], list[str], list[Report]]:
+    "Every section once, validated, with its name and report; `cells` are only compared. Warns; raises `InputError`."
+    parts = sections_of(slides, slide_key)
+    if not parts:
         raise InputError("fit", "slides", "is empty", "give at least one slide with obsm['spatial']")
-    names = source_names(slides)
-    checked = [validate_slide(s, n, counts=config.counts, min_spots=config.structure.miniset) for s, n in zip(slides, names)]
-    tables, reports = [t for t, _ in checked], [r for _, r in checked]
+    parts = _once(parts, cells)
+    names = source_names(parts)
+    checked = [validate_slide(s, n, counts=config.counts, min_spots=config.structure.miniset, plane=plane) for s, n in zip(parts, names)]
+    return [t for t, _ in checked], names, [r for _, r in checked]
+
+
+def slides_digest(slides: Sequence[AnnData]) -> str:
+    "Digest of clean slides: counts, names, positions. It does not depend on the query, nor on how a matrix is stored."
+    return content_digest(*[part for s in slides for part in (sp.csr_matrix(s.X), np.asarray(s.obs_names), np.asarray(s.var_names), s.obsm["spatial"])])
+
+
+def prepare_reference(slides: AnnData | Sequence[AnnData], cells: AnnData | None, config: GearsConfig, *, slide_key: str | None = None,
+                      plane: str | None = None) -> Reference:
+    "`clean_slides`, and their genes matched with each other and with those of `cells`. Raises `InputError`."
+    clean, names, reports = clean_slides(slides, cells, config, slide_key=slide_key, plane=plane)
+    tables = list(clean)
     if cells is not None:
         report = validate_cells(cells, "cells", counts=config.counts)[1]  # warns; its values must not choose genes, so names are matched as given
         names, tables, reports = [*names, "cells"], [*tables, cells], [*reports, report]
-    match = match_genes(tables, names, config.min_genes)
-    return Reference([match.apply(t, n) for t, n in zip(tables[: len(slides)], names)], match, reports)
+    match, least = match_genes(tables, names, config.min_genes), config.structure.miniset
+    return Reference([_with_counts(match.apply(t, n), n, least) for t, n in zip(clean, names)], match, reports, slides_digest(clean))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #53ae2163
 @dataclass
@@ -77,52 +137,168 @@ class Fitted:
     embedding: Embedding
     models: list[GeometryModel]
     cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, for the adapter
-    report: dict[str, Any]  # gene matching, validation, warnings
+    evidence: Evidence  # how much a number of counts tells
+    origin: dict[str, str]  # digests of the training settings and of the slides
+    report: dict[str, Any] = field(default_factory=dict)  # gene matching, validation, warnings
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #3bd9f9bb
 def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> Fitted:
     "Fit embedding and structure models; resumes from `checkpoints`."
-    coords = [np.asarray(s.obsm["spatial"], dtype=np.float32) for s in reference.slides]
-    tag = content_digest(digest(config), *reference.slides)
-    embedding, learned = fit_embedding(reference.slides, config, checkpoint=checkpoints / "encoder", tag=tag)
-    H = [embedding.embed(s) for s in reference.slides]
+    show = config.structure.train.progress
+    coords = [np.asarray(s.obsm["spatial"], dtype=np.float64) for s in reference.slides]
+    origin = {"settings": training_digest(config), "slides": reference.origin}
+    tag = content_digest(origin, *reference.slides)
+    with working("embedding of the slides", show):
+        embedding, learned = fit_embedding(reference.slides, config, checkpoint=checkpoints / "encoder", tag=tag)
+        H = [embedding.embed(s) for s in reference.slides]
     models, histories = fit_ensemble(H, coords, config.structure, config.targets, seed=config.seed, checkpoints=checkpoints, tag=tag)
     cloud = np.concatenate(H)
     cloud = cloud[np.random.default_rng(config.seed).permutation(len(cloud))[:2000]]
-    report = {"gene_matching": reference.match.report(), "reference": [r.to_dict() for r in reference.reports]}
+    with working("how many counts are evidence", show):
+        evidence = measure_evidence(embedding.embed, reference.slides, seed=config.seed) if config.counts else Evidence()
     history = {name: h.rows for name, h in {"encoder": learned, **histories}.items() if h.rows}
-    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, report, history)
+    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, evidence, origin, history=history)
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #092ab511
+_KEPT: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
+_CODE = ("core", "data", "encoder", "targets", "structure", "reconstruct")
+
+
+@contextmanager
+def keep_training() -> Iterator[None]:
+    "Within this context trained models stay in the cache; ended by an exception, they stay for the next attempt, ended well, they go."
+    with ExitStack() as stack:
+        token = _KEPT.set(stack)
+        try:
+            yield
+        finally:
+            _KEPT.reset(token)
+
+
+def find_or_train(reference: Reference, config: GearsConfig) -> Fitted:
+    "What `train_all` gives, found in the cache if another run made it or an earlier one was interrupted after training."
+    name = content_digest(training_digest(config), code_digest(_CODE), *reference.match.genes, *reference.slides)[:16]
+    root, show = cache_root() / "fits", config.structure.train.progress
+    sweep(root)
+    with ExitStack() as own:
+        home = (_KEPT.get() or own).enter_context(shared_folder(root / name))
+        with alone(home, progress=show):
+            if Store(home).has("gears"):
+                return read_fitted(home, config)
+            fitted = train_all(reference, config, home)
+            write_fitted(home, fitted, config)
+            return fitted
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #e45117df
-def write_result(adata: AnnData, result: Reconstruction, H: np.ndarray, report: Report, about: dict[str, Any]) -> AnnData:
-    "A copy of `adata` with obsm['X_gears'] (n, 2), obsm['H_gears'], obsp['gears_distances'], obs['gears_confidence'], uns['gears']."
-    import scipy.sparse as sp
+FEWEST, FEW = 4, 30  # cells that make a map; cells below which it is rough
 
-    out = adata.copy()
-    out.obsm["X_gears"] = report.restore(result.X.astype(np.float64))
-    out.obsm["H_gears"] = report.restore(H)
-    out.obs["gears_confidence"] = report.restore(result.confidence.astype(np.float64))
-    rows = np.flatnonzero(report.kept)
-    graph = result.graph.tocoo()
-    shape = (adata.n_obs, adata.n_obs)
-    out.obsp["gears_distances"] = sp.csr_matrix((graph.data, (rows[graph.row], rows[graph.col])), shape=shape)
+
+@dataclass(frozen=True)
+class Query:
+    "A query in the model's genes: kept rows of the table, which they are, why the others are not, and the evidence of those kept."
+
+    table: AnnData  # (kept, genes)
+    kept: np.ndarray  # (n,) bool
+    notes: np.ndarray  # (n,) text, "" where kept
+    evidence: np.ndarray  # (kept,)
+    report: Report
+
+
+def _known_genes(adata: AnnData, fitted: Fitted, config: GearsConfig) -> None:
+    "`InputError` if too few of the model's genes are in the query."
+    names = spoken_names(adata, fitted.vocabulary)
+    found = 0 if names is None else int((locate(fitted.genes, names).position >= 0).sum())
+    if found < min(config.min_genes, len(fitted.genes)):
+        raise InputError("cells", "var_names (genes)", f"{found} of the model's {len(fitted.genes)} genes are there, {config.min_genes} are needed",
+                         "give cells of the same species and naming, or train with these cells named and " + option("min_genes", max(1, found)))
+
+
+def match_query(adata: AnnData, fitted: Fitted, config: GearsConfig) -> Query:
+    "Validate a query, take the model's genes, set aside what has no evidence. Warns per reason; raises `InputError` if fewer than one cell is left."
+    clean, report = validate_cells(adata, "cells", counts=config.counts, drop_constant=False)
+    _known_genes(clean, fitted, config)
+    table = take_genes(clean, fitted.genes, fitted.vocabulary, "cells", fill_missing=True)
+    totals = row_totals(table.X) if config.counts else row_totals(table.X != 0)
+    evidence, floor = fitted.evidence.of(totals), fitted.evidence.floor
+    why = np.where(totals > 0, np.where(totals >= floor, "", f"fewer than {floor} counts in the shared genes"), "no counts in the shared genes")
+    notes = np.full(adata.n_obs, "no counts", dtype=object)
+    notes[report.kept] = why
+    for reason in dict.fromkeys(why[why != ""]):
+        n = int((why == reason).sum())
+        most = ": most of these cells are too shallow for this reference" if n > len(why) / 2 else ""
+        warnings.warn(f"cells: {n} cells with {reason} get no position{most}", GearsWarning, stacklevel=3)
+    if not (why == "").any():
+        raise InputError("cells", "X", f"no cell has {floor} counts in the {len(fitted.genes)} shared genes", "give deeper cells, or train on slides with more shared genes")
+    return Query(table[why == ""].copy(), notes == "", notes, evidence[why == ""], report)
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #a7a52f3b
+def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
+    "Rows `values` (r, ...) at `rows` (r,) of `n`, NaN elsewhere."
+    out = np.full((n, *values.shape[1:]), np.nan, dtype=np.result_type(values.dtype, np.float32))
+    out[rows] = values
+    return out
+
+
+def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstruction]], H: np.ndarray, query: Query, about: dict[str, Any]) -> AnnData:
+    """A copy of `adata` with obsm['X_gears'] (n, 2), obsm['H_gears'], obsp['gears_distances'], obs['gears_confidence'], obs['gears_note'], uns['gears'].
+
+    `parts`: by section the rows (of the kept ones) and their map; several sections add obs['gears_section']. `H` (kept, d).
+    """
+    out, n, kept = adata.copy(), adata.n_obs, np.flatnonzero(query.kept)
+    rows = np.concatenate([kept[r] for r, _ in parts.values()])
+    sure = np.concatenate([result.confidence * query.evidence[r] for r, result in parts.values()])
+    out.obsm["X_gears"] = _spread(np.concatenate([result.X for _, result in parts.values()]).astype(np.float64), rows, n)
+    out.obsm["H_gears"] = _spread(H, kept, n)
+    out.obs["gears_confidence"] = _spread(sure.astype(np.float64), rows, n)
+    notes = query.notes.copy()
+    notes[np.setdiff1d(kept, rows)] = f"fewer than {FEWEST} cells in this section"
+    out.obs["gears_note"] = notes
+    entries = [(result.graph.tocoo(), kept[r]) for r, result in parts.values()]
+    place = [np.concatenate([own[getattr(g, axis)] for g, own in entries]) for axis in ("row", "col")]
+    out.obsp["gears_distances"] = sp.csr_matrix((np.concatenate([g.data for g, _ in entries]), tuple(place)), shape=(n, n))
+    if len(parts) > 1:
+        section = np.full(n, "", dtype=object)
+        for label, (r, _) in parts.items():
+            section[kept[r]] = label
+        out.obs["gears_section"] = section
     out.uns["gears"] = about
     return out
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #25e01837
+_GRAPH = ("cells", "islands", "reattached", "bridges")
+_SOLVE = ("start_stress", "stress", "residuals", "converged", "reason", "iterations")
+
+
+def _by_section(parts: Mapping[str, Any], pick: Any) -> Any:
+    "`pick` of the only part, or of every part by its label."
+    found = {label: pick(part[1].diagnostics) for label, part in parts.items()}
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[np.ndarray, Reconstruction]], query: Query, said: Sequence[str]) -> dict[str, Any]:
+    "`uns['gears']`: nested plain values that survive writing to .h5ad; settings and lists are kept as JSON text."
+    story = {"config": to_dict(config), "model": fitted.origin, "gene_matching": fitted.report.get("gene_matching", {}),
+             "evidence": fitted.evidence.to_dict(),
+             "graph": _by_section(parts, lambda d: {k: d[k] for k in _GRAPH}),
+             "stitching": _by_section(parts, lambda d: {k: v for k, v in d.items() if k not in (*_GRAPH, *_SOLVE)}),
+             "solve": _by_section(parts, lambda d: {k: d[k] for k in _SOLVE}),
+             "dropped": query.report.to_dict() | {"not_placed": {str(r): int(k) for r, k in zip(*np.unique(query.notes[~query.kept].astype(str), return_counts=True))}},
+             "warnings": list(dict.fromkeys([*fitted.report.get("warnings", []), *said]))}
+    return {name: json.dumps(part) for name, part in story.items()}
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #2ba01f34
 class Gears:
     """Learn geometry from spatial slides and give it to cells without positions.
 
-    `config`: from `core.config.profile` (default: `profile("toy")`). After `fit`: `history` holds the training curves by name, `report` what
-    gene matching and validation did.
+    `config`: from `core.config.profile` (default: `profile("toy")`). Raises `InputError` for a model or a device that is not there.
     """
 
     def __init__(self, config: GearsConfig | None = None):
         self.config = config or profile("toy")
+        model_class(self.config.structure.model)
+        for train in (self.config.encoder.train, self.config.structure.train):
+            check_device(train.device)
         self._fitted: Fitted | None = None
 
     @property
@@ -142,139 +318,194 @@ class Gears:
         "What gene matching and validation did with the reference."
         return self.fitted.report
 
-# %% ../../nbs/reconstruct/06_facade.ipynb #fac0fit1
-@patch
-def fit(self: Gears, slides: Sequence[AnnData], cells: AnnData | None = None, *, workdir: str | Path | None = None) -> Gears:
-    """Learn from `slides`: raw counts with `obsm['spatial']` in any unit, one AnnData per section.
+    def fit(self, slides: AnnData | Sequence[AnnData], cells: AnnData | None = None, *, slide_key: str | None = None, plane: str | None = None,
+            workdir: str | Path | None = None) -> Gears:
+        """Learn from `slides`: raw counts with `obsm['spatial']` in any unit; a table may hold several sections.
 
-    `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `workdir`: where checkpoints go (default: a
-    cache folder named after data and settings, removed when done), so that the same call continues after a crash. Raises `InputError`.
-    """
+        `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `slide_key`: the obs column that tells sections apart (default: looked for;
+        "none": one section). `plane`: "xy", "xz" or "yz" of three coordinates. `workdir`: where checkpoints go (default: a cache folder named after data and settings,
+        removed when done), so that the same call continues after a crash. Raises `InputError`.
+        """
+        with _recorded() as said, working("checking the slides", self.config.structure.train.progress):
+            reference = prepare_reference(slides, cells, self.config, slide_key=slide_key, plane=plane)
+        self._fitted = train_all(reference, self.config, Path(workdir)) if workdir else find_or_train(reference, self.config)
+        self._fitted.report = {"gene_matching": reference.match.report(), "reference": [r.to_dict() for r in reference.reports], "warnings": said}
+        return self
+
+    def embed(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
+        "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without evidence (`reconstruct`) are NaN. Raises `InputError` as `reconstruct` does."
+        query, labels = _ready(self, adata, slide_key)
+        out = (adata.to_memory() if adata.isbacked else adata).copy()
+        out.obsm["H_gears"] = _spread(_embedded(self, query, labels), np.flatnonzero(query.kept), adata.n_obs)
+        return out
+
+    def reconstruct(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
+        """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection), every section of `slide_key` (as in `fit`) on its own.
+
+        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1], `obs['gears_note']` (why a cell has no
+        position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could not be written to a file is
+        left out of the copy, aloud. Raises `InputError` for unusable input.
+        """
+        with _recorded() as said:
+            query, labels = _ready(self, adata, slide_key)
+            table = _writable(adata)
+            H = _embedded(self, query, labels)
+            parts = _maps(self, H, labels)
+        return write_result(table, parts, H, query, describe_run(self.config, self.fitted, parts, query, said))
+
+    def save(self, folder: str | Path) -> Path:
+        "Write a fitted `Gears` into `folder` (made if needed), atomically."
+        return write_fitted(Path(folder), self.fitted, self.config)
+
+    @classmethod
+    def load(cls, folder: str | Path, settings: Mapping[str, Any] | None = None) -> Gears:
+        """Read what `save` wrote. `settings`: of patches and solve, `seed` (of the layout) and `progress`, by dotted key, instead of the saved ones.
+
+        Raises `InputError` for a folder without a model, a damaged or edited one, one of another version, and for settings that shape training.
+        """
+        config = read_config(folder, settings or {})
+        out = cls(config)
+        out._fitted = read_fitted(folder, config)
+        return out
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #4a51a6d5
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    "Collect our warnings; they are issued again, outside, with the filters of the caller."
+    said: list[str] = []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", GearsWarning)
-        reference = prepare_reference(slides, cells, self.config)
-    said = _repeat(seen)
-    home = Path(workdir) if workdir else cache_root() / "fits" / content_digest(digest(self.config), *reference.slides)[:16]
-    self._fitted = train_all(reference, self.config, home)
-    self._fitted.report["warnings"] = said
-    if workdir is None:
-        shutil.rmtree(home, ignore_errors=True)
-    return self
+        try:
+            yield said
+        finally:
+            said += [str(w.message) for w in seen if issubclass(w.category, GearsWarning)]
+    for w in seen:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
-# %% ../../nbs/reconstruct/06_facade.ipynb #fac0emb1
-@patch
-def _matched(self: Gears, adata: AnnData) -> tuple[AnnData, Report, list[str]]:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", GearsWarning)
-        clean, report = validate_cells(adata, "cells", counts=self.config.counts, drop_constant=False)
-        table = take_genes(clean, self.fitted.genes, self.fitted.vocabulary, "cells", fill_missing=True)
-    present = set(map(str, clean.var_names)) | set(map(str, clean.var.get("gene_ids", ())))
-    shared = int((np.asarray(table.X.sum(0)).ravel() > 0).sum()) if present else 0
-    if shared < min(self.config.min_genes, len(self.fitted.genes)):
-        raise InputError("cells", "var_names (genes)", f"{shared} of the model's {len(self.fitted.genes)} genes are expressed",
-                         "give cells of the same species and naming, or fit with cells= and a lower --min-genes")
-    return table, report, _repeat(seen)
 
-# %% ../../nbs/reconstruct/06_facade.ipynb #fac0emb2
-@patch
-def _embed(self: Gears, table: AnnData) -> np.ndarray:
-    H = self.fitted.embedding.embed(table)
-    if not self.config.encoder.adapter or len(H) < 2:  # one cell has no covariance
+def _writable(adata: AnnData) -> AnnData:
+    "`adata` in memory, without what no .h5ad can hold; warns."
+    from gears_nb.data.io import writable
+
+    table, notes = writable(adata.to_memory() if adata.isbacked else adata, "cells")
+    for note in notes:
+        warnings.warn(note, GearsWarning, stacklevel=3)
+    return table
+
+
+def _ready(gears: Gears, adata: AnnData, slide_key: str | None) -> tuple[Query, np.ndarray]:
+    "The query made ready, and the section (kept,) of its rows; says that several sections are placed apart."
+    with working(f"checking {adata.n_obs} cells", gears.config.structure.train.progress):
+        query = match_query(adata, gears.fitted, gears.config)
+        labels = section_labels(adata, "cells", slide_key)[query.kept]
+    names, counts = np.unique(labels.astype(str), return_counts=True)
+    if counts.max() < FEWEST:
+        raise InputError("cells", "n_obs", f"{len(labels)} cells with counts{' in ' + str(len(names)) + ' sections' if len(names) > 1 else ''}, a map needs at least {FEWEST}",
+                         "give more cells of the sample: it is centred by its own mean, and a place means distances to others")
+    if counts.max() < FEW:
+        warnings.warn(f"cells: {counts.max()} cells are few: a sample is centred by its own mean, so their places are rough", GearsWarning, stacklevel=3)
+    if len(names) > 1:
+        shown = ", ".join(f"{n} ({c})" for n, c in list(zip(names, counts))[:6])
+        warnings.warn(f"cells: {len(names)} sections ({shown}{', ...' if len(names) > 6 else ''}), each is placed on its own; "
+                      f"all together: {option('slide_key', 'none')}", GearsWarning, stacklevel=3)
+    return query, labels
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #020cc742
+def _embed(gears: Gears, table: AnnData) -> np.ndarray:
+    "Embeddings (n, d) of one section."
+    H = gears.fitted.embedding.embed(table)
+    if not gears.config.encoder.adapter or len(H) < 2:  # one cell has no covariance
         return H
-    sc, st = torch.from_numpy(H), torch.from_numpy(self.fitted.cloud)
+    sc, st = torch.from_numpy(H), torch.from_numpy(gears.fitted.cloud)
     adapter = SCAdapter(H.shape[1]).solve(sc, st)
-    finetune(adapter, sc[torch.from_numpy(content_order(H))], st, seed=self.config.seed)  # the order of rows must not matter
+    finetune(adapter, sc[torch.from_numpy(content_order(H))], st, seed=gears.config.seed)  # the order of rows must not matter
     return adapter(sc).detach().numpy()
 
 
-@patch
-def embed(self: Gears, adata: AnnData) -> AnnData:
-    "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without counts are NaN."
-    table, report, _ = self._matched(adata)
-    out = adata.copy()
-    out.obsm["H_gears"] = report.restore(self._embed(table))
-    return out
-
-# %% ../../nbs/reconstruct/06_facade.ipynb #fac0rec1
-@patch
-def reconstruct(self: Gears, adata: AnnData) -> AnnData:
-    """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection).
-
-    Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1]
-    and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). Raises `InputError` for unusable input.
-    """
-    table, report, said = self._matched(adata)
-    H = self._embed(table)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", GearsWarning)
-        result = lay_out(self.fitted.models, H, self.config.patches, self.config.solve, seed=self.config.seed,
-                             progress=self.config.structure.train.progress)
-    about = describe_run(self.config, self.fitted.report, result, report, [*said, *_repeat(seen)])
-    return write_result(adata, result, H, report, about)
-
-# %% ../../nbs/reconstruct/06_facade.ipynb #5bb816c4
-def _repeat(seen: Sequence[warnings.WarningMessage]) -> list[str]:
-    "Issue recorded warnings again, and return ours as lines."
-    for w in seen:
-        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    return [str(w.message) for w in seen if issubclass(w.category, GearsWarning)]
+def _embedded(gears: Gears, query: Query, labels: np.ndarray) -> np.ndarray:
+    "Embeddings (kept, d), section by section; NaN in sections of fewer than `FEWEST` cells, which have no mean worth the name."
+    with working(f"embedding {len(labels)} cells", gears.config.structure.train.progress):
+        names = [name for name, count in zip(*np.unique(labels.astype(str), return_counts=True)) if count >= FEWEST]
+        if len(names) == 1 and (labels == names[0]).all():
+            return _embed(gears, query.table)
+        found = {name: (labels.astype(str) == name) for name in names}
+        parts = {name: _embed(gears, query.table[rows].copy()) for name, rows in found.items()}
+        out = np.full((len(labels), next(iter(parts.values())).shape[1]), np.nan, np.float32)
+        for name, rows in found.items():
+            out[rows] = parts[name]
+        return out
 
 
-_GRAPH = ("cells", "islands", "reattached", "bridges")
-_SOLVE = ("start_stress", "stress", "residuals", "converged", "reason", "iterations")
-
-
-def describe_run(config: GearsConfig, fit_report: Mapping[str, Any], result: Reconstruction, report: Report, said: list[str]) -> dict[str, Any]:
-    "`uns['gears']`: nested plain values that survive writing to .h5ad; settings and lists are kept as JSON text."
-    import json
-
-    d = dict(result.diagnostics)
-    rest = {k: v for k, v in d.items() if k not in (*_GRAPH, *_SOLVE)}
-    parts = {"config": to_dict(config), "gene_matching": fit_report["gene_matching"], "graph": {k: d[k] for k in _GRAPH},
-             "stitching": rest, "solve": {k: d[k] for k in _SOLVE}, "dropped": report.to_dict(),
-             "warnings": [*fit_report.get("warnings", []), *said]}
-    return {name: json.dumps(part) for name, part in parts.items()}
+def _maps(gears: Gears, H: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, Reconstruction]]:
+    "By section: rows (of the kept ones) and their map. Sections of fewer than `FEWEST` cells have none, which is said."
+    parts, config = {}, gears.config
+    for name in dict.fromkeys(labels.astype(str)):
+        rows = np.flatnonzero(labels.astype(str) == name)
+        if len(rows) >= FEWEST:
+            result = lay_out(gears.fitted.models, H[rows], config.patches, config.solve, seed=config.seed, progress=config.structure.train.progress)
+            parts[name] = rows, result
+        else:
+            warnings.warn(f"cells: section {name} has {len(rows)} cells, a map needs {FEWEST}: no positions", GearsWarning, stacklevel=3)
+    return parts
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-@patch
-def save(self: Gears, folder: str | Path) -> Path:
-    "Write a fitted `Gears` into `folder` (made if needed), atomically."
-    f, store = self.fitted, Store(Path(folder))
-    tensors, record = f.embedding.state()
-    parts = {f"embedding/{k}": v for k, v in tensors.items()} | {"cloud": torch.from_numpy(f.cloud)}
-    for i, m in enumerate(f.models):
-        parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
-    about = {"config": to_dict(self.config), "genes": list(f.genes), "vocabulary": f.vocabulary, "embedding": record,
-             "models": len(f.models), "report": f.report, "history": f.history, "format": 2}
-    store.save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
-    return Path(folder)
+MODEL_FORMAT = 3  # 2 had no origin and no evidence
 
-# %% ../../nbs/reconstruct/06_facade.ipynb #fac0loa1
-@patch(cls_method=True)
-def load(cls: Gears, folder: str | Path) -> Gears:
-    "Read what `save` wrote. Raises `InputError` for a folder without a model, or a damaged one."
+
+def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:
+    "Write everything learned, and the settings, into `folder`."
+    tensors, record = fitted.embedding.state()
+    parts = {f"embedding/{k}": v for k, v in tensors.items()} | {"cloud": torch.from_numpy(fitted.cloud)}
+    for i, m in enumerate(fitted.models):
+        parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
+    about = {"config": to_dict(config), "genes": list(fitted.genes), "vocabulary": fitted.vocabulary, "embedding": record, "models": len(fitted.models),
+             "evidence": asdict(fitted.evidence), "origin": fitted.origin, "report": fitted.report, "history": fitted.history, "format": MODEL_FORMAT}
+    Store(folder).save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
+    return folder
+
+
+def _read(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    "Tensors and record of a saved model, or `InputError`."
     store = Store(Path(folder))
     if not store.has("gears"):
-        raise InputError(folder, "model", "holds no saved Gears", "give a folder written by Gears.save")
+        raise InputError(folder, "model", "holds no saved Gears", "give a folder written by Gears.save or `gears fit`")
     parts, about = store.load("gears")
+    if about.get("format") != MODEL_FORMAT:
+        raise InputError(Path(folder) / "gears.json", "format", f"is {about.get('format')!r}, this version reads {MODEL_FORMAT}", "use the version that wrote it, or train again")
+    return parts, about
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #fac0loa1
+def _as_saved(folder: str | Path, error: Exception) -> InputError:
+    why = f"does not fit its tensors ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    return InputError(Path(folder) / "gears.json", "record", why, "restore the folder as Gears.save wrote it")
+
+
+def read_config(folder: str | Path, settings: Mapping[str, Any]) -> GearsConfig:
+    "The settings of a saved model with changes to those that do not shape training. Raises `InputError`."
+    about = _read(folder)[1]
     try:
-        return _rebuild(cls, parts, about)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(folder, "gears.json", f"does not fit its tensors ({type(error).__name__}: {str(error).splitlines()[0][:120]})",
-                         "restore the folder as Gears.save wrote it") from error
+        saved = from_dict(about["config"])
+    except (KeyError, TypeError, InputError) as error:
+        raise _as_saved(folder, error) from error
+    config = override(saved, settings)
+    if training_digest(replace(config, seed=saved.seed)) != training_digest(saved):
+        key = next(k for k in settings if training_digest(replace(override(saved, {k: settings[k]}), seed=saved.seed)) != training_digest(saved))
+        raise InputError(str(folder), expand_key(key)[0], "shaped the training of this model and cannot be changed now", "leave it out, or train another model")
+    return config
 
 
-def _rebuild(cls: type[Gears], parts: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> Gears:
-    "A fitted `Gears` from tensors and record."
+def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
+    "What `write_fitted` wrote, with modules built by `config`. Raises `InputError`."
+    parts, about = _read(folder)
     under = lambda name: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{name}/")}
-    config = from_dict(about["config"])
-    embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
-    models = [model_class(config.structure.model)(parts["cloud"].shape[1], config.structure, targets=config.targets) for _ in range(about["models"])]
-    for i, m in enumerate(models):
-        m.load_state_dict(under(f"model{i}"))
-        m.eval()
-    out = cls(config)
-    out._fitted = Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), about["report"], about["history"])
-    return out
+    try:
+        embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
+        build = model_class(config.structure.model)
+        models = [build(parts["cloud"].shape[1], config.structure, targets=config.targets) for _ in range(about["models"])]
+        for i, m in enumerate(models):
+            m.load_state_dict(under(f"model{i}"))
+            m.eval()
+        evidence = Evidence(**{k: tuple(v) for k, v in about["evidence"].items()})
+        return Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), evidence, dict(about["origin"]), about["report"], about["history"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise error if isinstance(error, InputError) else _as_saved(folder, error) from error

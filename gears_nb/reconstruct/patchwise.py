@@ -20,6 +20,7 @@ from ..core.config import PatchConfig, SolveConfig
 from ..core.errors import GearsWarning, InputError
 from ..core.gauge import gauge_fix, rms
 from ..core.progress import progress as progress_bar
+from ..core.progress import working
 from ..core.seeding import torch_rng
 from .even import even_out
 from .patches import CellGraph, Patches, build_graph, sample_patches
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from gears_nb.structure.protocol import GeometryModel
 
 # %% auto #0
-__all__ = ['LOCAL', 'ANCHORS', 'MAJORITY', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',
+__all__ = ['LOCAL', 'ANCHORS', 'MAJORITY', 'SECONDS', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',
            'Reconstruction', 'reconstruct']
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #90d03a88
@@ -177,6 +178,10 @@ def _refuse_islands(graph: CellGraph, config: PatchConfig) -> None:
                          "reconstruct the parts one by one, raise patches.k_graph, or go on with patches.allow_islands=true")
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #4e0b9c02
+SECONDS = {"graph": 1e-4, "stitch": 2e-4, "solve": 1e-4}
+"Rough seconds per cell of the stages without a bar, for a guess of the time that is left."
+
+
 def _start_landmarks(patches: Patches, limit: int) -> np.ndarray:
     "Cells that start the solve: the shared landmarks, or with a single patch any cells, at most `limit`."
     pool = patches.index[0] if len(patches.index) == 1 and patches.n_cells <= 1200 else patches.landmarks
@@ -195,21 +200,24 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     need = _announce(H, patches, len(models))
     order = content_order(H)
     H = H[order]
-    graph = build_graph(H, patches.k_graph, patches.jaccard, seed=seed)
-    _refuse_islands(graph, patches)
-    clock("graph")
-    cover = sample_patches(graph, H, size=patches.size, landmarks=patches.landmarks, overlap=patches.overlap, seed=seed)
-    clock("patches")
+    with working(f"neighbour graph of {len(H)} cells", progress, expected=SECONDS["graph"] * len(H)):
+        graph = build_graph(H, patches.k_graph, patches.jaccard, seed=seed)
+        _refuse_islands(graph, patches)
+        clock("graph")
+        cover = sample_patches(graph, H, size=patches.size, landmarks=patches.landmarks, overlap=patches.overlap, seed=seed)
+        clock("patches")
     label = f"{len(H)} cells in {len(cover.index)} patches, about {need / 1e9:.1f} GB"
     geometry = patch_geometry(models, H, cover, batch=patches.batch, seed=seed, progress=progress, label=label)
     clock("model")
-    stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
-    clock("stitch")
-    start = landmark_isomap(stitched.csr(len(H)), _start_landmarks(cover, solve.landmarks))
-    clock("start")
-    solution = huber_solve(stitched.pairs, stitched.distance, start, weight=_pair_weights(stitched.spread), iterations=solve.iterations,
-                           huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
-    clock("solve")
+    with working("stitching the patches", progress, expected=SECONDS["stitch"] * len(H)):
+        stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
+        clock("stitch")
+    with working("solving one map", progress, expected=SECONDS["solve"] * len(H)):
+        start = landmark_isomap(stitched.csr(len(H)), _start_landmarks(cover, solve.landmarks))
+        clock("start")
+        solution = huber_solve(stitched.pairs, stitched.distance, start, weight=_pair_weights(stitched.spread), iterations=solve.iterations,
+                               huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
+        clock("solve")
     about = {**_describe(graph, cover, stitched, solution, rows), "memory_estimate": need, "seconds": clock.seconds}
     return _finish(stitched, solution, order, about, solve.even)
 

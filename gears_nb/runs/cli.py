@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..core.errors import GearsWarning, InputError
+from .. import __version__
+from ..core.errors import GearsWarning, InputError, speaking
 
 # %% auto #0
 __all__ = ['build_parser', 'main']
@@ -38,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
+  gears fit --slides A.h5ad B.h5ad --model M              only learn; then, for every sample, without the slides:
+  gears reconstruct --model M --cells Q.h5ad --out R.h5ad
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
   gears diagnose --slides A.h5ad B.h5ad --report D.html   what is wrong with these slides, and what to do
   gears readiness --slides A.h5ad B.h5ad C.h5ad --report R.html   does the structure model hold on a slide that it has not seen?
@@ -49,10 +54,16 @@ _EXAMPLES = """examples
   gears doctor                                            is this machine ready?
 
 input
-  A slide is an .h5ad with counts in X and positions in obsm['spatial'], a Space Ranger folder, a table with rows
-  named like 10x12 (.tsv, .tsv.gz), or a folder with expr.csv and coords.csv. Cells need no positions.
+  A slide is an .h5ad or Zarr store with counts in X (or --layer) and positions in obsm['spatial'], an output folder of Space Ranger,
+  Xenium, MERSCOPE or CosMx, a table with rows named like 10x12 (.tsv, .tsv.gz), or a folder with expr.csv and coords.csv. Cells
+  need no positions; Cell Ranger's .h5 or matrix folder will do. FILE#NAME is one section of a file.
 
-exit codes: 0 done, 1 broke on the way, 2 bad input (nothing was written), 130 interrupted (the same command continues)
+output
+  OUT.h5ad holds every cell under its barcode, with obsm['X_gears'] (places), obs['gears_confidence'], obs['gears_note'] (why a cell has no
+  place: no counts, fewer than the model's floor, too small a section), obs['gears_section'] (only with several sections; each has a frame of
+  its own), obsp['gears_distances'], obsm['H_gears'] and uns['gears'] (settings, diagnostics, every warning that was printed).
+
+exit codes: 0 done, 1 broke on the way, 2 bad input (nothing was written), 130 interrupted, 143 terminated (the same command continues)
 """
 _EXPLORE = """what opens: for an .h5ad, true and predicted places with linked selection, and where distances are distorted
 (if the truth is known). With the saved model: attention by recycle and head for any cell, the recycles as a film,
@@ -66,20 +77,41 @@ examples
 
 
 # %% ../../nbs/runs/05_cli.ipynb #a63a7ea1
+def _table_arguments(add: Callable[..., Any]) -> None:
+    """How tables are read, the same for every command that reads slides."""
+    add("--slide-key", metavar="COLUMN", help="obs column that tells sections apart (default: slide, library_id or sample; none: one section)")
+    add("--plane", choices=("xy", "xz", "yz"), help="which two of three coordinates lie in the section")
+    add("--layer", metavar="NAME", help="take the counts from this layer (raw: from .raw) instead of X")
+
+
+def _learning_arguments(add: Callable[..., Any]) -> None:
+    """What shapes a model."""
+    add("--profile", metavar="P", help="smoke (seconds), toy (minutes on a laptop, default), paper (full size)")
+    add("--seed", type=int, metavar="N", help="same seed, same data, same settings: same coordinates (default 0; with a saved model, that of its layout)")
+    add("--min-genes", type=int, metavar="N", help="go on with at least N shared genes (default 50)")
+    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as structure.train.epochs=30")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears fit` takes."""
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="SLIDE", help="slides with positions; one file may hold several sections")
+    add("--cells", metavar="CELLS", help="cells to be placed later: their gene names take part in the matching, nothing else")
+    add("--model", "--model-dir", required=True, dest="model_dir", metavar="DIR", help="where the trained model goes")
+    _table_arguments(add), _learning_arguments(add)
+
+
 def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears reconstruct` takes."""
     add = parser.add_argument
-    add("--slides", nargs="+", required=True, metavar="SLIDE", help="slides with positions; one file may hold several (obs['slide'])")
-    add("--cells", required=True, metavar="CELLS", help="cells to place; positions, if any, are not looked at")
-    add("--out", required=True, metavar="OUT.h5ad", help="the cells with obsm['X_gears'], obsp['gears_distances'], obs['gears_confidence']")
+    add("--slides", nargs="+", default=[], metavar="SLIDE", help="slides with positions; one file may hold several sections; not needed with a trained --model")
+    add("--cells", required=True, metavar="CELLS", help="cells to place; positions, if any, are not looked at; several sections are placed one by one")
+    add("--out", required=True, metavar="OUT.h5ad", help="the cells with places, confidence and notes (gears --help lists what is added)")
     add("--report", metavar="OUT.html", help="also write a self-contained report")
-    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (minutes on a laptop, default), paper (full size)")
-    add("--seed", type=int, default=0, help="same seed, same data, same settings: same coordinates (default 0)")
-    add("--min-genes", type=int, metavar="N", help="go on with at least N shared genes (default 50)")
-    add("--model-dir", metavar="DIR", help="keep the trained model here; if it holds one already, use it instead of training")
+    add("--model", "--model-dir", dest="model_dir", metavar="DIR", help="keep the trained model here; if it holds one already, use it instead of training")
     add("--genes", nargs="*", default=[], metavar="GENE", help="genes to colour by in the report, besides those it picks")
-    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as structure.train.epochs=30")
-    add("--quiet", action="store_true", help="no progress bars")
+    _table_arguments(add), _learning_arguments(add)
 
 
 def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,17 +169,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gears", epilog=_EXAMPLES,
                      description="Where was each cell, given only its gene expression? Learn the geometry of a tissue from a few spatial\n"
                                  "slides and give positions back to cells that have none.")
+    parser.add_argument("--version", action="version", version=f"gears_nb {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", parser_class=_Parser)
     add = lambda name, text, epilog="": commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog)
     demo = add("demo", "simulate a tissue, reconstruct it, score it beside the baselines, write a report")
     demo.add_argument("--out", default="demo", metavar="DIR", help="where the files go (default demo)")
     demo.add_argument("--profile", default="toy", metavar="P", help="smoke, toy (default) or paper")
     demo.add_argument("--seed", type=int, default=0)
+    _fit_arguments(add("fit", "learn from slides and save the model, for any number of later samples",
+                       "example\n  gears fit --slides st1.h5ad st2.h5ad --model model\n  gears reconstruct --model model --cells sc.h5ad --out placed.h5ad"))
     _reconstruct_arguments(add("reconstruct", "place cells, learning from slides with positions",
                                "example\n  gears reconstruct --slides st1.h5ad st2.h5ad --cells sc.h5ad --out placed.h5ad --report placed.html"))
     evaluate = add("evaluate", "score reconstructed positions against true ones, matched by barcode",
                    "The prediction is read from obsm['X_gears'] (else obsm['spatial']), the truth from obsm['spatial'].")
     evaluate.add_argument("prediction", metavar="PRED"), evaluate.add_argument("truth", metavar="TRUTH")
+    evaluate.add_argument("--plane", choices=("xy", "xz", "yz"), help="which two of three coordinates lie in the section")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.add_argument("--seed", type=int, default=0, help="which cells are compared when there are very many")
     _diagnose_arguments(add("diagnose", "six hypotheses and plain checks on your own slides, each with what to do",
@@ -169,18 +205,33 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tables(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_table_arguments`."""
+    return {"slide_key": args.slide_key, "plane": args.plane, "layer": args.layer}
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from gears_nb.runs.files import fit_files
+    model = fit_files(args.slides, args.model_dir, args.cells, profile=args.profile or "toy", seed=args.seed or 0, min_genes=args.min_genes,
+                      overrides=args.overrides, progress=not args.quiet, **_tables(args))
+    print(f"{len(model.fitted.genes)} genes, cells need {model.fitted.evidence.floor} counts in them: {args.model_dir}")
+    return 0
+
+
 def _reconstruct(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import reconstruct_files
     placed = reconstruct_files(args.slides, args.cells, args.out, report=args.report, profile=args.profile, seed=args.seed,
                                min_genes=args.min_genes, model_dir=args.model_dir, genes=args.genes, overrides=args.overrides,
-                               progress=not args.quiet)
+                               progress=not args.quiet, **_tables(args))
     print(f"{placed.placed} of {placed.cells} cells placed: {args.out}" + (f", report: {args.report}" if args.report else ""))
+    for reason, count in placed.reasons.items():
+        print(f"{count} without a place: {reason}")
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import evaluate_files
-    scores = evaluate_files(args.prediction, args.truth, seed=args.seed)
+    scores = evaluate_files(args.prediction, args.truth, seed=args.seed, plane=args.plane)
     if args.json:
         import json
         print(json.dumps(scores, indent=1, allow_nan=False))
@@ -278,7 +329,7 @@ def _run_all(profile: str | None) -> int:
     return 1 if failed else 0
 
 
-_COMMANDS = {"demo": _demo, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "explore": _explore, "list": _list,
+_COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "explore": _explore, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
@@ -290,9 +341,25 @@ def _say_warning(message: Warning | str, category: type[Warning], filename: str,
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster sends it before it kills: cleaned up after like Ctrl-C."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise _Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `gears`; returns the exit code (0, 1, 2 or 130, see above). GEARS_DEBUG=1 shows tracebacks."""
+    """Entry point of `gears`; returns the exit code (see `gears --help`). GEARS_DEBUG=1 shows tracebacks."""
     warnings.showwarning = _say_warning
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    with speaking("shell"):
+        return _run_command(argv)
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
+    """Parse, run, and turn whatever happens into an exit code and at most one line."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: a second thread mostly waits, and on a busy machine for long
     command = "gears"
     try:
@@ -305,15 +372,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[args.command](args)
     except InputError as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail(f"{command}: interrupted. The same command continues from the last finished step.", 130)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, _Terminated)
+        return _fail(f"{command}: {'terminated' if terminated else 'interrupted'}. The same command continues from the last finished step.", 143 if terminated else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # the last line of defence: one line instead of a traceback, unless asked for
         if os.environ.get("GEARS_DEBUG"):
             raise
-        return _fail(f"{command}: {type(error).__name__}: {' '.join(str(error).split())}. GEARS_DEBUG=1 shows where.", 1)
+        return _fail(f"{command}: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. GEARS_DEBUG=1 shows where.", 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -122,13 +122,15 @@ def run_demo(out: str | Path = "demo", *, profile: str = "toy", seed: int = 0, p
     """Simulate, learn, place, compare, show. Writes `ST3.h5ad`, `SC.h5ad`, `scores.json`, `report.html` and `model/` into
     the folder `out`; called again, it continues where it stopped. Returns `{"rows", "report", "seconds", "digest"}`."""
     from gears_nb.core.config import digest
-    from gears_nb.core.store import content_digest
+    from gears_nb.core.store import Store, content_digest
     from gears_nb.runs.files import obtain_model
     start, config = time.perf_counter(), demo_config(profile, seed, progress)
     reference, queries, truth = demo_task(profile, seed)
     out = open_folder(out, {"settings": digest(config), "data": content_digest(*reference, *queries.values()), "code": code_digest()})
     _tell(f"reference: {' + '.join(f'{r.n_obs} spots' for r in reference)}; to place: " + ", ".join(f"{n} ({q.n_obs})" for n, q in queries.items()))
     model = obtain_model(config, reference, queries["SC"], out / "model")
+    if not Store(out / "model").has("gears"):
+        model.save(out / "model")
     results, rows = {}, {}
     for name, query in queries.items():
         results[name], seconds = place_query(model, name, query, truth[name], out)

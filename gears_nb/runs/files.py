@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import InputError
+from ..core.errors import GearsWarning, InputError, heard, option
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,113 +25,304 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
-__all__ = ['check_output', 'check_exists', 'make_config', 'obtain_model', 'Placed', 'reconstruct_files', 'named_after',
+__all__ = ['check_output', 'check_model_folder', 'check_apart', 'check_exists', 'make_config', 'obtain_model', 'saved_model',
+           'OutputError', 'Placed', 'Inputs', 'read_inputs', 'reconstruct_files', 'fit_files', 'named_after',
            'diagnostics_of', 'evaluate_files']
 
 # %% ../../nbs/runs/08_files.ipynb #2c299ee2
+def _is_input(path: Path, inputs: Sequence[str | Path]) -> bool:
+    "Whether `path`, links followed, is a file that reading `inputs` opens, or lies in a Zarr store among them."
+    from gears_nb.data.io import real_files
+
+    real = Path(os.path.realpath(path))
+    stores = [Path(os.path.realpath(str(i).split("#", 1)[0])) for i in inputs]
+    if any(s.is_dir() and (s == real or (s in real.parents and s.suffix == ".zarr")) for s in stores):
+        return True
+    files = [f for i in inputs for f in real_files(i)]
+    return any(real == f or (real.exists() and f.exists() and os.path.samefile(real, f)) for f in files)
+
+
+def _cannot_write(path: Path) -> tuple[str, str] | None:
+    "Problem and remedy if nothing can be written at `path`: a small file is really written in the nearest folder that exists, and removed."
+    above = next(p for p in Path(os.path.realpath(path)).parents if p.exists())
+    if not above.is_dir():
+        return f"cannot be written, {above} is not a folder", "choose a folder"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "cannot be written, the file is read-only", "choose another name"
+    try:
+        with tempfile.NamedTemporaryFile(dir=above, prefix=".gears-try-") as trial:
+            trial.write(b"0" * 65536)
+            trial.flush()
+            os.fsync(trial.fileno())
+    except OSError as error:
+        return f"cannot be written, {above}: {error.strerror}", "choose a folder of yours with free space"
+    return None
+
+
 def check_output(path: str | Path, flag: str, suffix: str, inputs: Sequence[str | Path] = ()) -> Path:
-    """`path` as a Path that can be written; nothing is created. Raises `InputError` naming the flag it came from."""
+    "`path` as a Path that can be written; nothing is left behind. Raises `InputError` naming the flag it came from."
     path = Path(path)
     problem = None
     if path.suffix.lower() != suffix:
         problem = f"does not end in {suffix}", f"call it {path.stem or 'result'}{suffix}"
+    elif _is_input(path, inputs):
+        problem = "is also an input", "choose another name, inputs are never changed"
     elif path.is_dir():
         problem = "is a folder", "give a file name"
-    elif any(Path(i).exists() and path.resolve() == Path(i).resolve() for i in inputs):
-        problem = "is also an input", "choose another name, inputs are never changed"
-    else:
-        above = next(p for p in path.absolute().parents if p.exists())
-        if not above.is_dir():
-            problem = f"cannot be written, {above} is not a folder", "choose a folder"
-        elif not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            problem = f"cannot be written, no permission in {above}", "choose a folder of yours"
+    problem = problem or _cannot_write(path)
     if problem:
         raise InputError(str(path), flag, *problem)
     return path
+
+# %% ../../nbs/runs/08_files.ipynb #78e4eb93
+_OURS = ("gears.json", "gears.", ".tmp-")  # a model, also one that another run is just writing
+
+
+def check_model_folder(path: str | Path, inputs: Sequence[str | Path] = (), flag: str = "--model-dir") -> bool:
+    "Whether the folder `path` holds a saved model; if not, it is new or empty and can be written. Raises `InputError`."
+    path = Path(path)
+    if (path / "gears.json").is_file():
+        return True
+    problem = None
+    if path.exists() and not path.is_dir():
+        problem = "is a file", "give a folder"
+    elif path.is_dir() and not all(p.name.startswith(_OURS) for p in path.iterdir()):
+        problem = "holds other files but no model of ours", "give an empty or a new folder"
+    elif _is_input(path, inputs):
+        problem = "is also an input", "give an empty or a new folder"
+    problem = problem or _cannot_write(path / "gears.json")
+    if problem:
+        raise InputError(str(path), flag, *problem)
+    return False
+
+
+def check_apart(*outputs: str | Path | None) -> None:
+    "Raise `InputError` if two outputs are one place."
+    seen: dict[str, str | Path] = {}
+    for path in outputs:
+        if path is not None and seen.setdefault(os.path.realpath(path), path) is not path:
+            raise InputError(str(path), "outputs", f"is named twice (also as {seen[os.path.realpath(path)]})", "give every output its own name")
 
 
 def check_exists(paths: Sequence[str | Path], flag: str) -> None:
     """Raise `InputError` for the first input that does not exist (a `#sample` suffix and `expr+coords` pairs are understood)."""
     for source in paths:
+        if Path(str(source)).exists():
+            continue
         for part in str(source).split("#", 1)[0].split("+"):
-            if not Path(part).exists() and not Path(str(source)).exists():
+            if not Path(part).exists():
                 raise InputError(part, flag, "there is no such file or folder", "check the spelling and the working directory")
 
 # %% ../../nbs/runs/08_files.ipynb #94a625b4
+def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    "Changed settings by dotted key. Raises `InputError` for those that have an option of their own."
+    from gears_nb.core.config import parse_overrides
+
+    changes = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    for key in ("profile", "seed", "min_genes"):
+        if key in changes:
+            raise InputError("config", key, "has an option of its own", f"write {option(key, changes[key])}")
+    return changes
+
+
 def make_config(profile: str, seed: int, min_genes: int | None = None, overrides: Sequence[str] | Mapping[str, Any] = (),
                 progress: bool = True) -> GearsConfig:
     """The configuration of a run; `overrides` as `key=value` texts or as a mapping. Raises `InputError` for unknown keys."""
-    from gears_nb.core.config import parse_overrides
     from gears_nb.core.config import profile as named
-    changes = dict(overrides) if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    changes = _changes(overrides)
     changes.setdefault("encoder.train.progress", progress), changes.setdefault("structure.train.progress", progress)
     return named(profile, seed=seed, **({"min_genes": min_genes} if min_genes is not None else {}), **changes)
 
 # %% ../../nbs/runs/08_files.ipynb #e82c25af
-def obtain_model(config: GearsConfig, slides: Sequence[AnnData], cells: AnnData | None = None, model_dir: str | Path | None = None) -> Gears:
-    """A fitted `Gears`: loaded from `model_dir` if it holds one made from these slides with these settings, else trained
-    (and kept there). Raises `InputError` when the folder holds a model of other slides or settings."""
-    from gears_nb.core.config import digest
-    from gears_nb.core.store import content_digest, write_json
-    from gears_nb.reconstruct.facade import Gears
-    made_from = {"settings": digest(config), "slides": content_digest(*slides)}
-    if model_dir is None:
-        return Gears(config).fit(slides, cells)
-    note = Path(model_dir) / "made_from.json"
-    if note.is_file():
-        _same_origin(note, made_from)
-        return Gears.load(model_dir)
-    if Path(model_dir).is_dir() and any(Path(model_dir).iterdir()):
-        raise InputError(str(model_dir), "--model-dir", "holds other files but no model of ours", "give an empty or a new folder")
-    model = Gears(config).fit(slides, cells)
-    model.save(model_dir)
-    write_json(note, made_from)
+def obtain_model(config: GearsConfig, slides: Sequence[AnnData], cells: AnnData | None = None, model_dir: str | Path | None = None, *,
+                 plane: str | None = None) -> Gears:
+    """A fitted `Gears`: loaded from `model_dir` if it holds one made from these slides with these training settings, else trained.
+
+    The caller saves it. Raises `InputError` when the folder holds a model of other slides or settings.
+    """
+    from gears_nb.reconstruct.facade import Gears, clean_slides, slides_digest
+
+    if model_dir is None or not check_model_folder(model_dir):
+        return Gears(config).fit(slides, cells, plane=plane)
+    from gears_nb.core.config import training_digest
+
+    model = Gears.load(model_dir)
+    made_from = {"settings": training_digest(config), "slides": slides_digest(clean_slides(slides, cells, config, plane=plane)[0])}
+    for part, digest in made_from.items():
+        if model.fitted.origin.get(part) != digest:
+            raise InputError(str(model_dir), "--model-dir", f"holds a model made with other {part}", "give another folder, or delete this one")
+    model.config = config  # the same training; layout and progress as asked for now
     return model
 
 
-def _same_origin(note: Path, made_from: Mapping[str, str]) -> None:
-    """Raise `InputError` unless the note beside a saved model names the same settings and slides."""
-    import json
-    known = json.loads(note.read_text(encoding="utf-8"))
-    for part, digest in made_from.items():
-        if known.get(part) != digest:
-            raise InputError(str(note.parent), "--model-dir", f"holds a model made with other {part}", "give another folder, or delete this one")
+def saved_model(model_dir: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), seed: int | None = None, progress: bool = True) -> Gears:
+    "The model in `model_dir`, to be used without its slides. Raises `InputError` if there is none, and for settings that shaped its training."
+    from gears_nb.reconstruct.facade import Gears
+
+    changes = _changes(overrides) | {"progress": progress} | ({} if seed is None else {"seed": seed})
+    return Gears.load(model_dir, changes)
 
 # %% ../../nbs/runs/08_files.ipynb #c6b81e8b
+class OutputError(RuntimeError):
+    "Something could not be written although it could be tried before: a full disk, a folder that was taken away. Not a refusal: other files may be there."
+
+
+@contextmanager
+def _writing(what: str | Path) -> Iterator[None]:
+    "Within this context errors of the disk become `OutputError`."
+    try:
+        yield
+    except (InputError, OSError) as error:
+        why = error.problem if isinstance(error, InputError) else error.strerror or str(error)
+        raise OutputError(f"{what}: cannot be written ({why}). Remedy: make room, then the same command repeats the layout, not the training.") from error
+
+
 @dataclass(frozen=True)
 class Placed:
-    """What `reconstruct_files` did: number of cells, how many of them have a position, the files written."""
+    """What `reconstruct_files` did: number of cells, how many of them have a position, why others have none, the files written."""
     cells: int
     placed: int
     out: Path
     report: Path | None
+    reasons: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    "What was read: slides (none with a saved model), cells, and what was said about them."
+
+    slides: list[AnnData]
+    cells: AnnData
+    slide_key: str | None
+
+
+def _own_key(table: AnnData, slide_key: str | None) -> str | None:
+    "`slide_key` for the cells: they may lack the column that tells slides apart."
+    return slide_key if slide_key in (None, "none") or slide_key in table.obs else None
+
+
+def read_inputs(slides: Sequence[str | Path], cells: str | Path, config: GearsConfig, *, genes: Sequence[str] = (), slide_key: str | None = None,
+                plane: str | None = None, layer: str | None = None) -> Inputs:
+    "Read slides and cells, and refuse what would only be refused after training: sections, genes to colour by, too few cells."
+    from gears_nb.core.progress import working
+    from gears_nb.data.io import read, read_many, writable
+    from gears_nb.data.sections import section_labels
+    from gears_nb.reconstruct.facade import FEWEST
+
+    show, least = config.structure.train.progress, config.structure.miniset
+    with working(f"reading {len(slides)} slides" if slides else "reading the cells", show):
+        tables = read_many(slides, spatial=True, counts=config.counts, min_spots=least, slide_key=slide_key, plane=plane, layer=layer) if slides else []
+        query = read(cells, spatial=False, counts=config.counts, layer=layer)
+        query, notes = writable(query, str(cells))
+    for note in notes:
+        warnings.warn(note, GearsWarning, stacklevel=2)
+    key = _own_key(query, slide_key)
+    section_labels(query, str(cells), key)
+    if query.n_obs < FEWEST:
+        raise InputError(str(cells), "n_obs", f"{query.n_obs} cells, a map needs at least {FEWEST}", "give more cells; distances to others are all that a place can mean")
+    _check_genes(query, genes, str(cells))
+    return Inputs(tables, query, key)
+
+# %% ../../nbs/runs/08_files.ipynb #d5e03ca0
 def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str | Path, *, report: str | Path | None = None,
-                      profile: str = "toy", seed: int = 0, min_genes: int | None = None, model_dir: str | Path | None = None,
-                      genes: Sequence[str] = (), overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True) -> Placed:
-    """Learn from `slides`, place `cells`, write `out` (.h5ad) and optionally `report` (.html).
+                      profile: str | None = None, seed: int | None = None, min_genes: int | None = None, model_dir: str | Path | None = None,
+                      genes: Sequence[str] = (), overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True,
+                      slide_key: str | None = None, plane: str | None = None, layer: str | None = None) -> Placed:
+    """Learn from `slides` (or, without any, load `model_dir`), place `cells`, write `out` (.h5ad) and optionally `report` (.html) and the model.
 
-    Sources are whatever `data.io.read` understands. The output holds every input cell under its barcode, those without
-    counts as NaN. Raises `InputError` before anything is written.
+    Sources are whatever `data.io.read` understands. The output holds every input cell under its barcode; `obs['gears_note']` says why some have no position. `slide_key`, `plane`: as in
+    `Gears.fit`; `layer`: where the counts are, if not in X. Defaults: profile toy, seed 0, or those of the saved model. Raises `InputError` before anything is written, `OutputError` if writing fails.
     """
+    from gears_nb.core.progress import working
+
     inputs = [*slides, cells]
     check_exists(slides, "--slides"), check_exists([cells], "--cells")
     check_output(out, "--out", ".h5ad", inputs)
     if report is not None:
         check_output(report, "--report", ".html", inputs)
-    config = make_config(profile, seed, min_genes, overrides, progress)
-    from gears_nb.data.io import read, read_many, write_h5ad
-    tables = read_many(slides, spatial=True, counts=config.counts, min_spots=config.structure.miniset)
-    query = read(cells, spatial=False, counts=config.counts)
-    _check_genes(query, genes, str(cells))
-    with named_after({"cells": cells}):
-        model = obtain_model(config, tables, query, model_dir)
-        result = model.reconstruct(query)
-    write_h5ad(result, out)
-    if report is not None:
-        _write_reconstruction_report(report, Path(cells).name, result, tables[0], model, genes, seed)
-    return Placed(result.n_obs, int(np.isfinite(result.obsm["X_gears"]).all(1).sum()), Path(out), Path(report) if report else None)
+    if model_dir is not None:
+        check_model_folder(model_dir, inputs)
+    check_apart(out, report, model_dir)
+    with heard() as said, named_after({"cells": cells}):
+        model, config = _model_or_config(slides, model_dir, profile, seed, min_genes, overrides, progress)
+        from gears_nb.reconstruct.facade import keep_training
+
+        read = read_inputs(slides, cells, config, genes=genes, slide_key=slide_key, plane=plane, layer=layer)
+        with keep_training():
+            model = model or obtain_model(config, read.slides, read.cells, model_dir, plane=plane)  # sections are apart already
+            result = model.reconstruct(read.cells, slide_key=read.slide_key)
+            result.uns["gears"] = _with_warnings(result.uns["gears"], said)
+            with working("writing", progress):
+                page = None if report is None else _report_text(Path(cells).name, result, read.slides, model, genes, config.seed)
+                _write_all(result, out, page, report, model, model_dir)
+    X, why = result.obsm["X_gears"], result.obs["gears_note"]
+    reasons = {str(k): int(v) for k, v in why[why != ""].value_counts().items()}
+    return Placed(result.n_obs, int(np.isfinite(X).all(1).sum()), Path(out), Path(report) if report else None, reasons)
+
+# %% ../../nbs/runs/08_files.ipynb #43cf4d4d
+def _model_or_config(slides: Sequence[str | Path], model_dir: str | Path | None, profile: str | None, seed: int | None, min_genes: int | None,
+                     overrides: Sequence[str] | Mapping[str, Any], progress: bool) -> tuple[Gears | None, GearsConfig]:
+    "The saved model if there are no slides, else None; and the settings of the run. Model, device and sizes are tried here, before any file is read."
+    from gears_nb.reconstruct.facade import Gears
+
+    if slides:
+        config = make_config(profile or "toy", seed or 0, min_genes, overrides, progress)
+        Gears(config)  # raises for a model or device that is not there
+        return None, config
+    if model_dir is None:
+        raise InputError("gears reconstruct", "--slides", "nothing to learn from", f"give slides, or a trained model with {option('model', 'DIR')}")
+    for name, value in (("profile", profile), ("min_genes", min_genes)):
+        if value is not None:
+            raise InputError(str(model_dir), f"--{name.replace('_', '-')}", "shaped the training of this model and cannot be changed now", "leave it out, or train another model")
+    model = saved_model(model_dir, overrides, seed, progress)
+    return model, model.config
+
+
+def _with_warnings(about: Mapping[str, str], said: Sequence[str]) -> dict[str, str]:
+    "`uns['gears']` with every line that was printed, once."
+    import json
+
+    lines = dict.fromkeys([*json.loads(about["warnings"]), *said])
+    return {**about, "warnings": json.dumps(list(lines))}
+
+
+def _write_all(result: AnnData, out: str | Path, page: str | None, report: str | Path | None, model: Gears, model_dir: str | Path | None) -> None:
+    "Write what was asked for, all of it made before."
+    from gears_nb.core.store import atomic_path
+    from gears_nb.data.io import write_h5ad
+
+    if model_dir is not None and not (Path(model_dir) / "gears.json").is_file():
+        with _writing(model_dir):
+            model.save(model_dir)
+    with _writing(out):
+        write_h5ad(result, out)
+    if page is not None:
+        with _writing(report), atomic_path(report) as tmp:
+            tmp.write_text(page, encoding="utf-8")
+
+# %% ../../nbs/runs/08_files.ipynb #daad6a1e
+def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | Path | None = None, *, profile: str = "toy", seed: int = 0,
+              min_genes: int | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True, slide_key: str | None = None,
+              plane: str | None = None, layer: str | None = None) -> Gears:
+    "Learn from `slides` and save the model in the new folder `model_dir`; with the same slides and settings, what is there is kept. Raises `InputError`, `OutputError`."
+    inputs = [*slides, *([cells] if cells is not None else [])]
+    check_exists(slides, "--slides"), check_exists(inputs[len(slides):], "--cells")
+    check_model_folder(model_dir, inputs)
+    from gears_nb.reconstruct.facade import keep_training
+
+    config = _model_or_config(slides, model_dir, profile, seed, min_genes, overrides, progress)[1]
+    from gears_nb.core.progress import working
+    from gears_nb.data.io import read, read_many
+
+    with named_after({"cells": cells} if cells is not None else {}), keep_training():
+        with working("reading", progress):
+            tables = read_many(slides, spatial=True, counts=config.counts, min_spots=config.structure.miniset, slide_key=slide_key, plane=plane, layer=layer)
+            query = None if cells is None else read(cells, spatial=False, counts=config.counts, layer=layer)
+        model = obtain_model(config, tables, query, model_dir, plane=plane)
+        if not (Path(model_dir) / "gears.json").is_file():
+            with _writing(model_dir):
+                model.save(model_dir)
+    return model
 
 # %% ../../nbs/runs/08_files.ipynb #15789186
 @contextmanager
@@ -158,48 +351,110 @@ def _check_genes(query: AnnData, genes: Sequence[str], source: str) -> None:
             raise InputError(source, "--genes", f"{gene} is not among its {query.n_vars} genes", f"perhaps {close[0]} was meant" if close else "check the name")
 
 
-def _write_reconstruction_report(path: str | Path, name: str, result: AnnData, slide: AnnData, model: Gears, genes: Sequence[str], seed: int) -> None:
+def _truth(result: AnnData) -> np.ndarray | None:
+    "Positions (n, 2) that the cells came with, NaN where they cannot be measurements; None if there are fewer than three. They never spoil a run."
+    from gears_nb.data.validate import positions
+
+    if "spatial" not in result.obsm:
+        return None
+    try:
+        found = positions(result, "cells")
+    except InputError:
+        return None
+    return found.xy if found.usable.sum() >= 3 else None
+
+
+def _sections(result: AnnData, name: str) -> dict[str, np.ndarray]:
+    "Rows of each section that has a map, by the title it gets in the report."
+    placed = np.isfinite(result.obsm["X_gears"]).all(1)
+    if "gears_section" not in result.obs:
+        return {name: np.arange(result.n_obs)}
+    labels = result.obs["gears_section"].astype(str).to_numpy()
+    return {f"{name}, section {label}": np.flatnonzero(labels == label) for label in dict.fromkeys(labels[placed])}
+
+
+def _story(result: AnnData, titles: Sequence[str]) -> dict[str, dict[str, Any]]:
+    "Diagnostics by title: what belongs to one section under its own, the rest under the first."
+    about = diagnostics_of(result)
+    if len(titles) == 1:
+        return {titles[0]: about}
+    own = ("graph", "stitching", "solve")
+    story = {title: {k: about[k][title.rpartition(", section ")[2]] for k in own} for title in titles}
+    story[titles[0]] |= {k: v for k, v in about.items() if k not in own}
+    return story
+
+# %% ../../nbs/runs/08_files.ipynb #4edd86bd
+def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: Gears, genes: Sequence[str], seed: int) -> str:
     """The report of a reconstruction: with the truth beside and a score when the cells' file holds positions."""
     from gears_nb.benchmark.compare import risk_coverage, score_row
     from gears_nb.core.results import versions_info
-    from gears_nb.runs.report import tissue_view, write_report
-    truth = np.asarray(result.obsm["spatial"], dtype=float)[:, :2] if "spatial" in result.obsm else None
-    scores, risk = {}, {}
-    if truth is not None:
-        X = np.asarray(result.obsm["X_gears"])
-        scores[name] = [score_row(X, truth, protocol="own", dataset=name, method="gears", seed=seed)]
-        risk[name] = risk_coverage(X, truth, result.obs["gears_confidence"].to_numpy())
-    view = tissue_view(name, result, truth, None if truth is not None else slide, genes, seed=seed)
-    write_report(path, f"{name}, reconstructed", [view], subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
-                 histories=model.history, diagnostics={name: diagnostics_of(result)},
-                 footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
+    from gears_nb.runs.report import compared, render_report, tissue_view, why_unscored
+
+    truth, scores, risk, views = _truth(result), {}, {}, []
+    parts = _sections(result, name)
+    for title, rows in parts.items():
+        table, place = result[rows], None if truth is None else truth[rows]
+        X = np.asarray(table.obsm["X_gears"])
+        if place is not None and (why := why_unscored(X, place)):
+            scores[title] = why
+        elif place is not None:
+            both = compared(X, place)
+            scores[title] = [score_row(X[both], place[both], protocol="own", dataset=title, method="gears", seed=seed)]
+            risk[title] = risk_coverage(X[both], place[both], table.obs["gears_confidence"].to_numpy()[both])
+        views.append(tissue_view(title, table, place, slides[0] if place is None and slides else None, genes, seed=seed))
+    return render_report(f"{name}, reconstructed", views, subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
+                         histories=model.history, diagnostics=_story(result, list(parts)), footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
 
 # %% ../../nbs/runs/08_files.ipynb #37945206
-def _positions(adata: AnnData, source: str, keys: Sequence[str]) -> np.ndarray:
-    """The first of `obsm[keys]` as (n, 2+) floats; `InputError` when there is none."""
-    for key in keys:
-        if key in adata.obsm:
-            return np.asarray(adata.obsm[key], dtype=float)
-    raise InputError(source, f"obsm['{keys[0]}']", f"is missing (obsm has {', '.join(adata.obsm) or 'nothing'})", f"store positions under {' or '.join(keys)}")
+def _positions(adata: AnnData, source: str, keys: Sequence[str], plane: str | None) -> np.ndarray:
+    """The first of `obsm[keys]` as (n, 2) floats, NaN where unusable; `InputError` when there is none. Warns about what is left out."""
+    from gears_nb.data.validate import positions
+
+    key = next((k for k in keys if k in adata.obsm), None)
+    if key is None:
+        raise InputError(source, f"obsm['{keys[0]}']", f"is missing (obsm has {', '.join(adata.obsm) or 'nothing'})", f"store positions under {' or '.join(keys)}")
+    if key == "X_gears":
+        return np.asarray(adata.obsm[key], dtype=float)
+    found = positions(adata, source, key=key, plane=plane)
+    for note in found.notes:
+        warnings.warn(note, GearsWarning, stacklevel=3)
+    return found.xy
 
 
-def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0) -> dict[str, Any]:
-    """The metrics of `benchmark.metrics.score` for two .h5ad files matched by barcode (`truth` may be `FILE#SECTION`), with `cells` (compared) and
-    `unmatched` (in one file only). Raises `InputError` when fewer than ten barcodes are in common."""
+def _for_scoring(path: str | Path) -> AnnData:
+    "The table of an .h5ad, or the section of it that `FILE#SECTION` names, with unique barcodes."
+    from gears_nb.data.io import parse_source, read_h5ad, take_sample
+
+    name, section = parse_source(path, None)
+    table = read_h5ad(Path(name))
+    if "gears_section" in table.obs:
+        known = sorted(set(table.obs["gears_section"].astype(str)) - {""})
+        if section not in known:
+            raise InputError(name, "obs['gears_section']", f"{len(known)} sections, each with a frame of its own", f"name one: {name}#{known[0] if known else 'SECTION'}")
+        table = table[table.obs["gears_section"].astype(str) == section].copy()
+    elif section is not None:
+        table = take_sample(table, section, name)
+    if not table.obs_names.is_unique:
+        raise InputError(str(path), "obs_names (barcodes)", "are not unique", "make them unique in both files")
+    return table
+
+
+def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0, plane: str | None = None) -> dict[str, Any]:
+    """The metrics of `benchmark.metrics.score` for two .h5ad files matched by barcode (either may be `FILE#SECTION`), with `cells` (compared), `without_position` (in both files, but without a
+    usable place in one) and `unmatched` (in one file only). `plane`: of three coordinates. Raises `InputError` when fewer than ten cells can be compared."""
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
     from gears_nb.benchmark.metrics import score
     from gears_nb.core.results import plain
-    from gears_nb.data.io import parse_source, read_h5ad, take_sample
-    ours, (name, section) = read_h5ad(Path(prediction)), parse_source(truth, None)
-    true = read_h5ad(Path(name))
-    true = true if section is None else take_sample(true, section, name)
-    for table, source in ((ours, prediction), (true, truth)):
-        if not table.obs_names.is_unique:
-            raise InputError(str(source), "obs_names (barcodes)", "are not unique", "make them unique in both files")
+
+    ours, true = _for_scoring(prediction), _for_scoring(truth)
     common = ours.obs_names.intersection(true.obs_names)
     if len(common) < 10:
         raise InputError(str(prediction), "obs_names (barcodes)", f"{len(common)} in common with {truth} (here {ours.obs_names[0]}, there {true.obs_names[0]})",
                          "give the file of the same cells")
-    X = _positions(ours, str(prediction), ("X_gears", "spatial"))[ours.obs_names.get_indexer(common)]
-    Y = _positions(true, str(truth), ("spatial", "spatial_true"))[true.obs_names.get_indexer(common)]
-    return plain(score(X, Y, seed)) | {"cells": len(common), "unmatched": ours.n_obs + true.n_obs - 2 * len(common)}
+    X = _positions(ours, str(prediction), ("X_gears", "spatial"), plane)[ours.obs_names.get_indexer(common)]
+    Y = _positions(true, str(truth), ("spatial", "spatial_true"), plane)[true.obs_names.get_indexer(common)]
+    both = np.isfinite(X).all(1) & np.isfinite(Y).all(1)
+    if both.sum() < 10:
+        raise InputError(str(truth), "positions", f"{both.sum()} of {len(common)} common cells have a place in both files", "give files with positions of the same cells")
+    return plain(score(X[both], Y[both], seed)) | {"cells": int(both.sum()), "without_position": int((~both).sum()),
+                                                    "unmatched": ours.n_obs + true.n_obs - 2 * len(common)}
