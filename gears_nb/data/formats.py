@@ -38,39 +38,54 @@ def first_fields(path: Path) -> list[str]:
         with gzip.open(path, "rt", errors="replace") if path.suffix == ".gz" else path.open(errors="replace") as file:
             return next(csv.reader([file.readline()], delimiter=_separator(path)), [])
     except (OSError, EOFError, csv.Error) as error:
-        raise InputError(path, "file", f"cannot be read as a text table ({type(error).__name__})", "give a complete .csv or .tsv") from error
+        raise InputError(
+            path, "file", f"cannot be read as a text table ({type(error).__name__})", "give a complete .csv or .tsv"
+        ) from error
 
-
+# %% ../../nbs/data/11_formats.ipynb #2ec82646
 def read_table(path: Path, *, header: bool = True) -> pd.DataFrame:
-    """Text table with names in the first column; separator from the ending (`.tsv`, `.txt`: tab; else comma); `.gz` allowed.
+    """Text table with names in the first column; `.gz` allowed.
 
-    `header=False`: the first line is data, and the columns are called 0, 1, ... Raises `InputError`.
+    The separator follows from the ending (`.tsv`, `.txt`: tab; else comma). `header=False`: the first line is data, and
+    the columns are called 0, 1, ... Raises `InputError`.
     """
     import pandas as pd
 
     try:
-        # pandas renames repeated columns to "A.1" without a word; reading the header apart keeps them visible to the checks.
+        # pandas renames repeated columns to "A.1" without a word; read apart, the header shows them to the checks.
         how = {"sep": _separator(path), "header": None}
         frame = pd.read_csv(path, index_col=0, skiprows=int(header), dtype={0: str}, low_memory=False, **how)
         top = pd.read_csv(path, nrows=1, dtype=str, **how).iloc[0].fillna("").tolist()
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(path, "file", f"cannot be read as a text table ({str(error).strip() or type(error).__name__})", "give a complete .csv or .tsv") from error
+        raise InputError(
+            path,
+            "file",
+            f"cannot be read as a text table ({str(error).strip() or type(error).__name__})",
+            "give a complete .csv or .tsv",
+        ) from error
     top = top if header else [str(i - 1) for i in range(len(top))]
     names = top[-frame.shape[1] :] if len(top) >= frame.shape[1] else []
     if len(names) != frame.shape[1] or frame.shape[1] == 0:
-        raise InputError(path, "header", f"{len(top)} names for {frame.shape[1]} columns", "check the separator and the first line")
+        raise InputError(
+            path, "header", f"{len(top)} names for {frame.shape[1]} columns", "check the separator and the first line"
+        )
     frame.columns, frame.index = [str(n) for n in names], frame.index.astype(str)
     return frame
 
 # %% ../../nbs/data/11_formats.ipynb #dd441448
-CONTROL = re.compile(r"^(Blank[-_]?\d|BLANK_|NegPrb|Negative\d|NegControl(Probe|Codeword)|UnassignedCodeword|DeprecatedCodeword|SystemControl|FalseCode)")
+_MERSCOPE = r"Blank[-_]?\d|BLANK_"
+_COSMX = r"NegPrb|Negative\d|SystemControl|FalseCode"
+_XENIUM = r"NegControl(Probe|Codeword)|UnassignedCodeword|DeprecatedCodeword"
+CONTROL = re.compile(f"^({_MERSCOPE}|{_COSMX}|{_XENIUM})")
 
 
 def numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
     """The values of `frame` (n, g) as float32, or an `InputError` that names the first column that is not numeric."""
     text = [name for name, kind in zip(frame.columns, frame.dtypes, strict=True) if kind.kind not in "fiub"]
     if text:
-        raise InputError(path, f"column '{text[0]}'", "holds text, not numbers", "keep one name column and numeric columns only")
+        raise InputError(
+            path, f"column '{text[0]}'", "holds text, not numbers", "keep one name column and numeric columns only"
+        )
     return frame.to_numpy(dtype=np.float32)
 
 
@@ -79,40 +94,56 @@ def genes_only(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     control = np.array([bool(CONTROL.match(str(name))) for name in frame.columns], dtype=bool)
     if control.any():
         first = ", ".join(frame.columns[control][:3])
-        warnings.warn(f"{path}: {control.sum()} control probes are not genes and were left out ({first})", GearsWarning, stacklevel=3)
+        warnings.warn(
+            f"{path}: {control.sum()} control probes are not genes and were left out ({first})",
+            GearsWarning,
+            stacklevel=3,
+        )
     return frame.loc[:, ~control]
 
-
-def counts_table(X: np.ndarray, cells: Sequence[str], genes: Sequence[str], spatial: np.ndarray | None = None) -> AnnData:
+# %% ../../nbs/data/11_formats.ipynb #a5922075
+def counts_table(
+    X: np.ndarray, cells: Sequence[str], genes: Sequence[str], spatial: np.ndarray | None = None
+) -> AnnData:
     """AnnData with sparse `X` (n, g) float32, names, and positions (n, 2) float64 if given."""
     import pandas as pd
     from anndata import AnnData
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*names are not unique")
-        adata = AnnData(sp.csr_matrix(X, dtype=np.float32), obs=pd.DataFrame(index=list(map(str, cells))), var=pd.DataFrame(index=list(map(str, genes))))
+        adata = AnnData(
+            sp.csr_matrix(X, dtype=np.float32),
+            obs=pd.DataFrame(index=list(map(str, cells))),
+            var=pd.DataFrame(index=list(map(str, genes))),
+        )
     if spatial is not None:
         adata.obsm["spatial"] = np.asarray(spatial, dtype=np.float64)
     return adata
 
 # %% ../../nbs/data/11_formats.ipynb #9502228a
 def read_parquet(path: Path) -> pd.DataFrame:
-    """The Parquet table at `path`, text as `str`; `InputError` if pyarrow is not installed or the file is not Parquet."""
+    """The Parquet table at `path`, text as `str`; `InputError` if pyarrow is not installed or this is not Parquet."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        remedy = "pip install pyarrow, or convert the table where it is installed: pandas.read_parquet(FILE).to_csv(FILE with the ending .csv, index=False)"
-        raise InputError(path, "file", "is a Parquet table, and pyarrow, which reads it, is not installed", remedy) from error
+        remedy = (
+            "pip install pyarrow, or convert it elsewhere: pandas.read_parquet(FILE).to_csv(FILE.csv, index=False)"
+        )
+        raise InputError(
+            path, "file", "is a Parquet table, and pyarrow, which reads it, is not installed", remedy
+        ) from error
     try:
         frame = parquet.read_table(path).to_pandas()
     except Exception as error:  # pyarrow raises many kinds; every one of them means "cannot be read"
-        raise InputError(path, "file", f"cannot be read as Parquet ({type(error).__name__})", "copy or download the file again") from error
+        raise InputError(
+            path, "file", f"cannot be read as Parquet ({type(error).__name__})", "copy or download the file again"
+        ) from error
     for name in frame.columns[frame.dtypes.map(lambda kind: kind.kind == "O")]:  # Xenium has written text as bytes
         frame[name] = [value.decode() if isinstance(value, bytes) else value for value in frame[name]]
     return frame
 
 # %% ../../nbs/data/11_formats.ipynb #4b3914e8
-_R = "in R, save it as .h5ad (packages zellkonverter or anndataR), or write counts and positions as expr.csv and coords.csv"
+_R = "in R, save it as .h5ad (packages zellkonverter or anndataR), or write expr.csv and coords.csv"
 FOREIGN = {
     ".h5ad.gz": ("an AnnData file packed with gzip", "unpack it with gunzip"),
     ".h5.gz": ("an HDF5 file packed with gzip", "unpack it with gunzip"),
@@ -121,10 +152,22 @@ FOREIGN = {
     ".rdata": ("a saved R workspace", _R),
     ".rda": ("a saved R workspace", _R),
     ".h5seurat": ("a SeuratDisk file", _R),
-    ".h5mu": ("a MuData file", "save its table of genes: mudata.read_h5mu(FILE)['rna'].write_h5ad(FILE with the ending .h5ad)"),
-    ".mtx": ("a Matrix Market file, counts without names", "give the folder that holds it together with barcodes.tsv and features.tsv (or genes.tsv)"),
-    ".mtx.gz": ("a Matrix Market file, counts without names", "give the folder that holds it together with barcodes.tsv and features.tsv (or genes.tsv)"),
-    ".parquet": ("a Parquet table", "give the folder that the instrument wrote, or convert it: pandas.read_parquet(FILE).to_csv(FILE with the ending .csv)"),
+    ".h5mu": (
+        "a MuData file",
+        "save its table of genes: mudata.read_h5mu(FILE)['rna'].write_h5ad(FILE with the ending .h5ad)",
+    ),
+    ".mtx": (
+        "a Matrix Market file, counts without names",
+        "give the folder that holds it together with barcodes.tsv and features.tsv (or genes.tsv)",
+    ),
+    ".mtx.gz": (
+        "a Matrix Market file, counts without names",
+        "give the folder that holds it together with barcodes.tsv and features.tsv (or genes.tsv)",
+    ),
+    ".parquet": (
+        "a Parquet table",
+        "give the folder that the instrument wrote, or convert it: pandas.read_parquet(FILE).to_csv(FILE.csv)",
+    ),
     ".xlsx": ("an Excel workbook", "save its sheet as .csv"),
     ".xls": ("an Excel workbook", "save its sheet as .csv"),
     ".tar.gz": ("an archive", "unpack it with tar -xf and give the folder or file inside"),
@@ -142,7 +185,7 @@ def refuse_foreign(path: Path) -> None:
 
 # %% ../../nbs/data/11_formats.ipynb #cf3f342c
 def hdf5_kind(path: Path) -> str:
-    """What an HDF5 file holds, by its groups: `10x`, `.loom`, `.h5mu`, `.h5seurat`, or `` (AnnData, something else, not HDF5)."""
+    """What an HDF5 file holds, by its groups: `10x`, `.loom`, `.h5mu`, `.h5seurat`; empty for AnnData and all else."""
     import h5py
 
     try:
@@ -162,7 +205,9 @@ def hdf5_kind(path: Path) -> str:
 def _one(folder: Path, *names: str) -> Path | None:
     """The file of `folder` with one of `names` or one of them plus `.gz`, or the only one that ends so; else None."""
     usual = [name + ending for name in names for ending in ("", ".gz")]
-    found = [folder / name for name in usual if (folder / name).exists()] or [p for name in usual for p in folder.glob(f"*{name}")]
+    found = [folder / name for name in usual if (folder / name).exists()] or [
+        p for name in usual for p in folder.glob(f"*{name}")
+    ]
     return found[0] if found and (found[0].name in usual or len(found) == 1) else None
 
 
@@ -198,15 +243,23 @@ def _gene_rows(adata: AnnData, source: Path) -> AnnData:
         other = kinds != "Gene Expression"
         if other.any():
             told = ", ".join(dict.fromkeys(kinds[other]))
-            warnings.warn(f"{source}: {other.sum()} features that are not genes were left out ({told})", GearsWarning, stacklevel=4)
+            warnings.warn(
+                f"{source}: {other.sum()} features that are not genes were left out ({told})",
+                GearsWarning,
+                stacklevel=4,
+            )
             adata = adata[:, ~other].copy()
     twice = adata.var_names.duplicated(keep=False)
     if twice.any() and "gene_ids" in adata.var:
-        warnings.warn(f"{source}: {twice.sum()} genes with a repeated symbol are called by their identifier", GearsWarning, stacklevel=4)
+        warnings.warn(
+            f"{source}: {twice.sum()} genes with a repeated symbol are called by their identifier",
+            GearsWarning,
+            stacklevel=4,
+        )
         adata.var_names = np.where(twice, adata.var["gene_ids"].astype(str), adata.var_names.astype(str))
     return adata
 
-
+# %% ../../nbs/data/11_formats.ipynb #9b145558
 def read_10x(path: Path, source: Path | None = None) -> AnnData:
     """Counts of genes from an HDF5 file or a Matrix Market folder of 10x, without positions.
 
@@ -221,40 +274,61 @@ def read_10x(path: Path, source: Path | None = None) -> AnnData:
             return _gene_rows(adata, source or path)
     except Exception as error:  # scanpy, h5py and scipy raise many kinds; every one of them means "cannot be read"
         said = str(error) if isinstance(error, ValueError | FileNotFoundError) else type(error).__name__
-        raise InputError(path, "counts", f"cannot be read ({said})", "copy the output of the pipeline again") from error
+        raise InputError(
+            path, "counts", f"cannot be read ({said})", "copy the output of the pipeline again"
+        ) from error
 
 # %% ../../nbs/data/11_formats.ipynb #71686a17
 def no_positions(path: Path) -> InputError:
     """The refusal of counts of 10x given as a slide; names the folder above if it holds the positions."""
     home = path.resolve().parent
     whole = (home / "spatial").is_dir() or any(home.glob("cells.*"))
-    remedy = f"give the folder that holds them, {path.parent}" if whole else "give the whole output folder of Space Ranger (outs) or Xenium, or pass this as cells"
+    remedy = (
+        f"give the folder that holds them, {path.parent}"
+        if whole
+        else "give the whole output folder of Space Ranger (outs) or Xenium, or pass this as cells"
+    )
     return InputError(path, "positions", "are not in the counts of Cell Ranger, and a slide needs them", remedy)
 
 
 def placed(adata: AnnData, places: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The rows of `places` (by barcode, read from `path`) in the order of `adata`; `InputError` if a barcode has none or two."""
+    """The rows of `places` (by barcode, from `path`) in the order of `adata`; `InputError` if one has none or two."""
     unknown = adata.obs_names.difference(places.index, sort=False)
     if len(unknown):
         problem = f"{len(unknown)} barcodes of the matrix have no position (first: {unknown[0]})"
         raise InputError(path, "barcode", problem, "give counts and positions of the same capture area")
     if not places.index.is_unique:
-        raise InputError(path, "barcode", f"'{places.index[places.index.duplicated()][0]}' occurs more than once", "keep one row per barcode")
+        raise InputError(
+            path,
+            "barcode",
+            f"'{places.index[places.index.duplicated()][0]}' occurs more than once",
+            "keep one row per barcode",
+        )
     return places.loc[adata.obs_names]
 
 # %% ../../nbs/data/11_formats.ipynb #1045873d
 def xenium_counts(folder: Path) -> Path | None:
     """The counts of a Xenium `folder`, None if it is not one."""
-    return next((folder / name for name in ("cell_feature_matrix.h5", "cell_feature_matrix") if (folder / name).exists()), None)
+    return next(
+        (folder / name for name in ("cell_feature_matrix.h5", "cell_feature_matrix") if (folder / name).exists()),
+        None,
+    )
 
 
 def _xenium_cells(folder: Path) -> tuple[Path, pd.DataFrame]:
     """The table of cells of a Xenium `folder`: where it is, and x and y by cell."""
     import pandas as pd
 
-    path = next((folder / name for name in ("cells.csv.gz", "cells.csv", "cells.parquet") if (folder / name).exists()), None)
+    path = next(
+        (folder / name for name in ("cells.csv.gz", "cells.csv", "cells.parquet") if (folder / name).exists()), None
+    )
     if path is None:
-        raise InputError(folder, "cells.csv.gz", "is missing, so the positions of the cells are not known", "give the complete output folder of Xenium")
+        raise InputError(
+            folder,
+            "cells.csv.gz",
+            "is missing, so the positions of the cells are not known",
+            "give the complete output folder of Xenium",
+        )
     try:
         frame = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"cell_id": str})
     except (OSError, EOFError, ValueError) as error:
@@ -266,7 +340,7 @@ def _xenium_cells(folder: Path) -> tuple[Path, pd.DataFrame]:
         raise InputError(path, "columns", f"{', '.join(absent)} missing", "give the table as Xenium wrote it")
     return path, frame.set_index(frame["cell_id"].astype(str))[["x_centroid", "y_centroid"]]
 
-
+# %% ../../nbs/data/11_formats.ipynb #3a6928b6
 def read_xenium(folder: Path, *, spatial: bool = True) -> AnnData:
     """A Xenium output folder: genes only, `obsm['spatial']` in micrometres (none with `spatial=False`)."""
     adata = read_10x(xenium_counts(folder), folder)
@@ -291,23 +365,34 @@ def _cosmx_part(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, sep=_separator(path), low_memory=False)
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(path, "file", f"cannot be read as a text table ({type(error).__name__})", "copy the file again") from error
+        raise InputError(
+            path, "file", f"cannot be read as a text table ({type(error).__name__})", "copy the file again"
+        ) from error
     absent = [name for name in (*COSMX_KEYS, *needed) if name not in frame.columns]
     if absent:
         raise InputError(path, "columns", f"{', '.join(absent)} missing", "give the flat files as CosMx wrote them")
     frame.index = frame["fov"].astype(str) + "_" + frame["cell_ID"].astype(str)
     if not frame.index.is_unique:
-        raise InputError(path, "fov, cell_ID", f"'{frame.index[frame.index.duplicated()][0]}' occurs more than once", "give one slide per file")
+        raise InputError(
+            path,
+            "fov, cell_ID",
+            f"'{frame.index[frame.index.duplicated()][0]}' occurs more than once",
+            "give one slide per file",
+        )
     return frame
 
-
+# %% ../../nbs/data/11_formats.ipynb #20ccc6b4
 def read_cosmx(expression: Path, metadata: Path | None) -> AnnData:
     """Flat files of CosMx joined on (fov, cell_ID); cells are called `fov_cell`. `metadata=None`: without positions."""
     counts = _cosmx_part(expression, ())
     places = None if metadata is None else _cosmx_part(metadata, COSMX_PLACES)
     background = (counts["cell_ID"] == 0).to_numpy() & ~counts.index.isin([] if places is None else places.index)
     if background.any():
-        warnings.warn(f"{expression}: {background.sum()} rows with cell_ID 0 are background, not cells, and were dropped", GearsWarning, stacklevel=2)
+        warnings.warn(
+            f"{expression}: {background.sum()} rows with cell_ID 0 are background, not cells, and were dropped",
+            GearsWarning,
+            stacklevel=2,
+        )
         counts = counts[~background]
     genes = genes_only(counts.drop(columns=[*COSMX_KEYS, *({"cell", "cell_id"} & set(counts.columns))]), expression)
     table = counts_table(numbers(genes, expression), counts.index, genes.columns)
@@ -324,11 +409,12 @@ def is_zarr(folder: Path) -> bool:
 
 
 def read_zarr(path: Path) -> AnnData:
-    """The AnnData table in the Zarr store `path`; `InputError` for a SpatialData store, for other content and without zarr."""
+    """The AnnData table in the Zarr store `path`; `InputError` for SpatialData, for other content and without zarr."""
     tables = [p for part in ("tables", "table") for p in sorted((path / part).glob("[!.]*")) if p.is_dir()]
     if tables and not (path / "obs").exists():
         others = f" (others: {', '.join(p.name for p in tables[1:])})" if tables[1:] else ""
-        remedy = f"give the table in it, {tables[0]}{others}, or write that with sdata['{tables[0].name}'].write_h5ad(FILE.h5ad)"
+        written = f"sdata['{tables[0].name}'].write_h5ad(FILE.h5ad)"
+        remedy = f"give the table in it, {tables[0]}{others}, or write that with {written}"
         raise InputError(path, "store", "is a SpatialData store, not one table", remedy)
     try:
         from anndata.io import read_zarr as read_store
@@ -337,6 +423,16 @@ def read_zarr(path: Path) -> AnnData:
             warnings.filterwarnings("ignore", message=".*names are not unique")
             return read_store(path)
     except ImportError as error:
-        raise InputError(path, "store", "is a Zarr store, and zarr, which reads it, is not installed", "pip install zarr, or write the table as .h5ad") from error
+        raise InputError(
+            path,
+            "store",
+            "is a Zarr store, and zarr, which reads it, is not installed",
+            "pip install zarr, or write the table as .h5ad",
+        ) from error
     except Exception as error:  # zarr and anndata raise many kinds; every one of them means "cannot be read"
-        raise InputError(path, "store", f"is not a readable AnnData table ({type(error).__name__})", "write it with AnnData.write_zarr or write_h5ad") from error
+        raise InputError(
+            path,
+            "store",
+            f"is not a readable AnnData table ({type(error).__name__})",
+            "write it with AnnData.write_zarr or write_h5ad",
+        ) from error

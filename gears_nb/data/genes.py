@@ -150,20 +150,25 @@ class GeneMatch:
 
 # %% ../../nbs/data/03_genes.ipynb #562c29c3
 def species_note(wanted: Sequence[str], names: Sequence[str], found: Located, source: str, other: str) -> str:
-    """A line for when at least 20 and a fifth of the genes found in `names` of `source` differ from `wanted` of `other` in case; else empty."""
+    """A line if at least 20 and a fifth of the genes found in `names` (of `source`) differ from `wanted` (of `other`) in case.
+
+    Empty otherwise.
+    """
     case = np.flatnonzero(found.how == "case")
     shared = int((found.position >= 0).sum())
     if len(case) < max(20, 0.2 * shared):
         return ""
     here, there = names[found.position[case[0]]], wanted[case[0]]
-    return (f"{source}: genes: {len(case)} of {shared} shared genes were matched only by ignoring case ({here} here, {there} in {other}): "
-            "the tables look like different species. If they are, translate one to the orthologues of the other; if not, spell both alike")
+    told = f"{len(case)} of {shared} shared genes were matched only by ignoring case ({here} here, {there} in {other})"
+    what = "translate one to the orthologues of the other; if not, spell both alike"
+    return f"{source}: genes: {told}: the tables look like different species. If they are, {what}"
 
 # %% ../../nbs/data/03_genes.ipynb #bf2e7640
 def take_genes(adata: AnnData, genes: Sequence[str], kind: str, source: str = "cells", *, fill_missing: bool = False) -> AnnData:
     """New AnnData (n, len(genes)) with X, obs, obsm, uns of `adata`, columns `genes` in that order; `adata` is untouched.
 
-    Raises `InputError` for genes that cannot be found, unless `fill_missing` puts zeros there; warns if the table looks like another species.
+    Raises `InputError` for genes that cannot be found, unless `fill_missing` puts zeros there; warns if the table looks
+    like another species.
     """
     return _take(adata, genes, kind, source, fill_missing, warn=True)
 
@@ -174,14 +179,16 @@ def _take(adata: AnnData, genes: Sequence[str], kind: str, source: str, fill_mis
 
     names = spoken_names(adata, kind)
     if names is None:
-        raise InputError(source, "var_names (genes)", f"do not speak the model's vocabulary ({kind})", f"add a var column with the {kind} of each gene")
+        problem = f"do not speak the model's vocabulary ({kind})"
+        raise InputError(source, "var_names (genes)", problem, f"add a var column with the {kind} of each gene")
     found = locate(genes, names)
     if warn and (note := species_note(genes, names, found, source, "the model")):
         warnings.warn(note, GearsWarning, stacklevel=4)
     missing = np.flatnonzero(found.position < 0)
     if len(missing) and not fill_missing:
         first = ", ".join(f"{genes[i]} ({found.how[i]})" for i in missing[:5])
-        raise InputError(source, "var_names (genes)", f"{len(missing)} of {len(genes)} common genes cannot be found: {first}", "match this source too")
+        problem = f"{len(missing)} of {len(genes)} common genes cannot be found: {first}"
+        raise InputError(source, "var_names (genes)", problem, "match this source too")
     X = (adata.X.tocsc() if sp.issparse(adata.X) else np.asarray(adata.X))[:, np.maximum(found.position, 0)]
     if len(missing):
         warnings.warn(f"{source}: {len(missing)} of {len(genes)} genes are missing and set to zero", GearsWarning, stacklevel=4)

@@ -18,8 +18,27 @@ import scipy.sparse as sp
 
 from ..core.errors import GearsWarning, InputError, option
 from ..core.store import atomic_path
-from .formats import FOREIGN, counts_table, first_fields, genes_only, hdf5_kind, is_cosmx, is_zarr, matrix_folder
-from .formats import no_positions, numbers, placed, read_10x, read_cosmx, read_parquet, read_table, read_xenium, read_zarr
+from gears_nb.data.formats import (
+    FOREIGN,
+    counts_table,
+    first_fields,
+    genes_only,
+    hdf5_kind,
+    is_cosmx,
+    is_zarr,
+    matrix_folder,
+)
+from gears_nb.data.formats import (
+    no_positions,
+    numbers,
+    placed,
+    read_10x,
+    read_cosmx,
+    read_parquet,
+    read_table,
+    read_xenium,
+    read_zarr,
+)
 from .formats import refuse_foreign, xenium_counts
 from .sections import section_labels, split_sections
 from .validate import check
@@ -64,8 +83,12 @@ def _not_anndata(path: Path, error: Exception | None) -> InputError:
         size = "an empty file" if not magic else "not an HDF5 file"
         return InputError(path, "file", f"{size}, so not an .h5ad", "give an AnnData file written with write_h5ad")
     if isinstance(error, OSError):
-        return InputError(path, "file", "truncated or damaged (HDF5 cannot read it to the end)", "copy or download the file again")
-    return InputError(path, "file", "an HDF5 file, but not a readable AnnData table", "write it with AnnData.write_h5ad")
+        return InputError(
+            path, "file", "truncated or damaged (HDF5 cannot read it to the end)", "copy or download the file again"
+        )
+    return InputError(
+        path, "file", "an HDF5 file, but not a readable AnnData table", "write it with AnnData.write_h5ad"
+    )
 
 
 def plain_names(adata: AnnData) -> AnnData:
@@ -76,7 +99,7 @@ def plain_names(adata: AnnData) -> AnnData:
             setattr(adata, axis, names.astype(object))
     return adata
 
-
+# %% ../../nbs/data/01_io.ipynb #942d8138
 def read_h5ad(path: Path) -> AnnData:
     """The AnnData file at `path`; `InputError` for anything that is not one."""
     import anndata
@@ -98,7 +121,7 @@ POSITION = re.compile(r"^\s*[-+]?\d+(?:\.\d+)?x[-+]?\d+(?:\.\d+)?\s*$")
 
 
 def array_positions(names: Sequence[str]) -> np.ndarray:
-    """Positions (n, 2) float64 from row names such as `10x13` or `9.98x13.02`; raises `ValueError` on any other name."""
+    """Positions (n, 2) float64 from row names such as `10x13` or `9.98x13.02`; `ValueError` on any other name."""
     wrong = [str(name) for name in names if not POSITION.match(str(name))]
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(names)} row names are not positions like 10x13 (first: '{wrong[0]}')")
@@ -106,7 +129,10 @@ def array_positions(names: Sequence[str]) -> np.ndarray:
 
 # %% ../../nbs/data/01_io.ipynb #aa277023
 def read_st(path: Path, *, spatial: bool = True) -> AnnData:
-    """ST table: rows named by array position, columns genes (or the transpose). `spatial=False`: any row names, no positions."""
+    """ST table: rows named by array position, columns genes (or the transpose).
+
+    `spatial=False`: any row names, no positions.
+    """
     frame = genes_only(read_table(path), path)
     values = numbers(frame, path)
     if not spatial:
@@ -117,7 +143,9 @@ def read_st(path: Path, *, spatial: bool = True) -> AnnData:
     try:
         positions = array_positions(rows)
     except ValueError as error:
-        raise InputError(path, "row names", error, "name rows XxY, or give expression and coordinates as expr.csv+coords.csv") from error
+        raise InputError(
+            path, "row names", error, "name rows XxY, or give expression and coordinates as expr.csv+coords.csv"
+        ) from error
     return counts_table(values, rows, columns, positions)
 
 # %% ../../nbs/data/01_io.ipynb #233b2768
@@ -142,26 +170,42 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     expression = [p for p in texts if EXPRESSION_NAME.search(p.name) and p not in coordinate]
     if len(expression) != 1 or len(coordinate) != 1:
         problem = f"{len(expression)} expression and {len(coordinate)} coordinate tables found, one of each is needed"
-        raise InputError(folder, "folder", problem, "name them expr.csv and coords.csv, or give the output folder of Space Ranger, Xenium, MERSCOPE or CosMx")
+        raise InputError(
+            folder,
+            "folder",
+            problem,
+            "name them expr.csv and coords.csv, or give the output folder of Space Ranger, Xenium, MERSCOPE or CosMx",
+        )
     return expression[0], coordinate[0]
 
 
 def has_header(path: Path) -> bool:
-    """Is the first line of a coordinate table a header? Not if its second and third fields are numbers and its first looks like a barcode."""
+    """Is the first line of a coordinate table a header?
+
+    Not if its second and third fields are numbers, unless the first is one of `NAME_COLUMNS`.
+    """
     name, *rest = [*first_fields(path), "", "", ""]
     number = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
     return name.strip().lower() in NAME_COLUMNS or not all(number.fullmatch(field) for field in rest[:2])
 
-
+# %% ../../nbs/data/01_io.ipynb #c0d2ed60
 def read_coordinates(path: Path) -> pd.DataFrame:
-    """Barcode -> x, y: columns named x and y (or a usual synonym, any case), else the only two numeric columns; a header may be missing."""
+    """Barcode -> x, y: columns named x and y (or a usual synonym, any case), else the only two numeric columns.
+
+    A header may be missing.
+    """
     frame = read_table(path, header=has_header(path))
     lower = {str(name).lower(): name for name in frame.columns}
     chosen = [next((lower[c] for c in usual if c in lower), None) for usual in (X_COLUMNS, Y_COLUMNS)]
     if None in chosen:
         chosen = [name for name, kind in zip(frame.columns, frame.dtypes, strict=True) if kind.kind in "fiu"]
     if len(chosen) != 2:
-        raise InputError(path, "columns", f"no x and y among {', '.join(map(str, frame.columns[:6]))}", "name the two position columns x and y")
+        raise InputError(
+            path,
+            "columns",
+            f"no x and y among {', '.join(map(str, frame.columns[:6]))}",
+            "name the two position columns x and y",
+        )
     pair = frame[chosen]
     numbers(pair, path)
     return pair.set_axis(["x", "y"], axis=1)
@@ -181,10 +225,18 @@ def read_csv_pair(expression: Path, coordinates: Path) -> AnnData:
             twice = frame.index[frame.index.duplicated()][0]
             raise InputError(path, "barcodes", f"'{twice}' occurs more than once", "keep one row per barcode")
     if set(counts.index) != set(places.index):
-        problem = f"do not agree with {coordinates.name}: {_only(counts.index, places.index)} only here, {_only(places.index, counts.index)} only there"
-        raise InputError(expression, "barcodes", problem, "give two tables of the same spots, or remove the rows that only one of them has")
+        here, there = _only(counts.index, places.index), _only(places.index, counts.index)
+        problem = f"do not agree with {coordinates.name}: {here} only here, {there} only there"
+        raise InputError(
+            expression,
+            "barcodes",
+            problem,
+            "give two tables of the same spots, or remove the rows that only one of them has",
+        )
     counts = genes_only(counts, expression)
-    return counts_table(numbers(counts, expression), counts.index, counts.columns, places.loc[counts.index].to_numpy())
+    return counts_table(
+        numbers(counts, expression), counts.index, counts.columns, places.loc[counts.index].to_numpy()
+    )
 
 
 def read_pair(expression: Path, coordinates: Path) -> AnnData:
@@ -204,16 +256,22 @@ def _read_positions(path: Path) -> pd.DataFrame:
     with path.open(errors="replace") as file:
         old = "in_tissue" not in file.readline()
     try:
-        return pd.read_csv(path, header=None if old else 0, names=POSITION_COLUMNS if old else None, dtype={"barcode": str})
+        return pd.read_csv(
+            path, header=None if old else 0, names=POSITION_COLUMNS if old else None, dtype={"barcode": str}
+        )
     except ValueError as error:
         raise InputError(path, "file", f"cannot be read ({error})", "copy the file again") from error
 
 
 def tissue_positions(folder: Path) -> tuple[Path, pd.DataFrame]:
     """Position table of a Space Ranger `folder`, old (no header), new or Parquet, indexed by barcode."""
-    found = [p for ending in ("csv", "parquet") for p in sorted((folder / "spatial").glob(f"tissue_positions*.{ending}"))]
+    found = [
+        p for ending in ("csv", "parquet") for p in sorted((folder / "spatial").glob(f"tissue_positions*.{ending}"))
+    ]
     if not found:
-        raise InputError(folder, "spatial/tissue_positions*.csv", "is missing", "give the complete 'outs' folder of Space Ranger")
+        raise InputError(
+            folder, "spatial/tissue_positions*.csv", "is missing", "give the complete 'outs' folder of Space Ranger"
+        )
     path, frame = found[0], _read_positions(found[0])
     absent = [name for name in POSITION_COLUMNS if name not in frame.columns]
     if absent:
@@ -229,7 +287,7 @@ def space_ranger_counts(folder: Path) -> Path | None:
 
 
 def read_space_ranger(folder: Path, *, spatial: bool = True) -> AnnData:
-    """Visium slide from a Space Ranger `outs` folder: spots in tissue, `obsm['spatial']` = (column, row) in image pixels."""
+    """Visium slide from a Space Ranger `outs` folder: spots in tissue, `obsm['spatial']` = (column, row) in pixels."""
     adata = read_10x(space_ranger_counts(folder), folder)
     if not spatial:
         return adata
@@ -245,7 +303,9 @@ def _refuse_outer(folder: Path) -> None:
     bins = sorted((folder / "binned_outputs").glob("square_*um"))
     if bins:
         sizes = ", ".join(path.name for path in bins)
-        raise InputError(folder, "folder", f"holds bins of several sizes ({sizes})", f"give one of them, such as {bins[-1]}")
+        raise InputError(
+            folder, "folder", f"holds bins of several sizes ({sizes})", f"give one of them, such as {bins[-1]}"
+        )
     if space_ranger_counts(folder / "outs"):
         raise InputError(folder, "folder", "is not the output itself", f"give {folder / 'outs'}")
 
@@ -256,12 +316,12 @@ def in_memory(adata: AnnData) -> AnnData:
 
 
 def _own_index(value: Any) -> Any:
-    """A frame with an index object of its own: anndata renames the index of frames in `obsm`, and it may be that of `obs`."""
+    """A frame with its own index object: anndata renames the index of frames in `obsm`, and it may be that of `obs`."""
     return value.set_axis(value.index.copy(), axis=0) if hasattr(value, "set_axis") else value
 
 
 def rebuilt(adata: AnnData, **parts: Any) -> AnnData:
-    """A new table of the parts of `adata`, some replaced by `parts`. X, layers and other arrays are shared, not copied."""
+    """A new table of the parts of `adata`, some replaced by `parts`. X, layers and other arrays are shared."""
     from anndata import AnnData
 
     whole = {name: getattr(adata, name) for name in ("X", "obs", "var")}
@@ -274,19 +334,26 @@ def rebuilt(adata: AnnData, **parts: Any) -> AnnData:
         warnings.filterwarnings("ignore", message=".*names are not unique")
         return AnnData(**whole)
 
-
+# %% ../../nbs/data/01_io.ipynb #6bad1112
 def _raw_counts(adata: AnnData, source: str) -> Any:
     """`raw.X` in the genes of the table (n, g)."""
-    place = adata.raw.var_names.get_indexer(adata.var_names) if adata.raw.var_names.is_unique else np.full(adata.n_vars, -1)
+    place = (
+        adata.raw.var_names.get_indexer(adata.var_names)
+        if adata.raw.var_names.is_unique
+        else np.full(adata.n_vars, -1)
+    )
     lost = adata.var_names[place < 0]
     if len(lost):
-        problem = f"does not have {len(lost)} of the {adata.n_vars} genes of the table (such as {lost[0]}), or has genes twice"
-        raise InputError(source, "raw", problem, "write raw as a table of its own: adata.raw.to_adata().write_h5ad(FILE)")
+        some = f"{len(lost)} of the {adata.n_vars} genes of the table (such as {lost[0]})"
+        problem = f"does not have {some}, or has genes twice"
+        raise InputError(
+            source, "raw", problem, "write raw as a table of its own: adata.raw.to_adata().write_h5ad(FILE)"
+        )
     return adata.raw.X[:, place]
 
 
 def take_layer(adata: AnnData, layer: str | None, source: object) -> AnnData:
-    """A table with `layers[layer]` as `X`, or with `raw` for `"raw"` unless a layer has that name; `adata` itself for None.
+    """A table with `layers[layer]` as `X`, or with `raw` for `"raw"` unless a layer is called so; None: `adata` itself.
 
     `adata` is not changed. Raises `InputError` for a name that is not there, with those that are.
     """
@@ -295,7 +362,11 @@ def take_layer(adata: AnnData, layer: str | None, source: object) -> AnnData:
     adata = in_memory(adata)
     known = [*map(str, adata.layers), *(["raw"] if adata.raw is not None and "raw" not in adata.layers else [])]
     if layer not in known:
-        remedy = f"name one of them, such as {option('layer', known[0])}" if known else "leave this option out, the only matrix is X"
+        remedy = (
+            f"name one of them, such as {option('layer', known[0])}"
+            if known
+            else "leave this option out, the only matrix is X"
+        )
         raise InputError(source, "layers", f"has no '{layer}', only {', '.join(known) or 'X'}", remedy)
     return rebuilt(adata, X=adata.layers[layer] if layer in adata.layers else _raw_counts(adata, str(source)))
 
@@ -307,7 +378,7 @@ def parse_source(source: str | Path, sample: str | None = None) -> tuple[str, st
         text, sample = text.rsplit("#", 1)
     return text, sample
 
-
+# %% ../../nbs/data/01_io.ipynb #6941ea02
 def _load_folder(path: Path, spatial: bool) -> AnnData:
     """Read a folder in whichever shape it has."""
     if is_zarr(path):
@@ -331,7 +402,12 @@ def _load_file(path: Path, spatial: bool) -> AnnData:
         if not is_cosmx(path):
             return read_st(path, spatial=spatial)
         if spatial:
-            raise InputError(path, "positions", "are in the metadata of CosMx, not in this table", "give both, as exprMat_file.csv+metadata_file.csv")
+            raise InputError(
+                path,
+                "positions",
+                "are in the metadata of CosMx, not in this table",
+                "give both, as exprMat_file.csv+metadata_file.csv",
+            )
         return read_cosmx(path, None)
     if hdf5_kind(path) == "10x":
         if spatial:
@@ -339,7 +415,7 @@ def _load_file(path: Path, spatial: bool) -> AnnData:
         return read_10x(path)
     return read_h5ad(path)
 
-
+# %% ../../nbs/data/01_io.ipynb #b207248a
 def _load(text: str, spatial: bool) -> AnnData:
     """Read one source in whichever shape it has."""
     if not Path(text).exists() and (pair := PAIR.match(text)):
@@ -355,19 +431,24 @@ def _load(text: str, spatial: bool) -> AnnData:
 
 # %% ../../nbs/data/01_io.ipynb #4054f311
 def take_sample(adata: AnnData, sample: str, source: str, slide_key: str | None = None) -> AnnData:
-    """The rows of the section `sample` (see `section_labels`); an unknown name is an `InputError` that lists the known ones."""
+    """The rows of the section `sample` (see `section_labels`); for another name an `InputError` with the known ones."""
     adata = in_memory(adata)
     labels = section_labels(adata, source, slide_key)
     known = sorted(set(labels) - {""})
     if sample not in known:
         listed = ", ".join(known[:12]) or "nothing (there is no such column)"
         column = slide_key if slide_key not in (None, "none") else "slide"
-        raise InputError(source, f"obs['{column}']", f"has no '{sample}', only {listed}", "name one of these, or give the whole file")
+        raise InputError(
+            source,
+            f"obs['{column}']",
+            f"has no '{sample}', only {listed}",
+            "name one of these, or give the whole file",
+        )
     return adata[labels == sample].copy()
 
 
 def _name_sections(adata: AnnData, text: str, slide_key: str | None) -> None:
-    """Write the label of each row's section into `obs['slide']` of a table that was just read; one without a label: the file's name."""
+    """Write the section of each row into `obs['slide']` of a table just read; without a label: the file's name."""
     labels = section_labels(adata, text, slide_key)
     if not any(labels):
         pair = PAIR.match(text)
@@ -375,9 +456,18 @@ def _name_sections(adata: AnnData, text: str, slide_key: str | None) -> None:
     if "slide" not in adata.obs or (adata.obs["slide"].astype(str).to_numpy() != labels).any():
         adata.obs["slide"] = labels
 
-
-def read(source: str | Path, *, spatial: bool, counts: bool = True, sample: str | None = None, min_spots: int = 3,
-         layer: str | None = None, slide_key: str | None = None, plane: str | None = None) -> AnnData:
+# %% ../../nbs/data/01_io.ipynb #0f1fbaef
+def read(
+    source: str | Path,
+    *,
+    spatial: bool,
+    counts: bool = True,
+    sample: str | None = None,
+    min_spots: int = 3,
+    layer: str | None = None,
+    slide_key: str | None = None,
+    plane: str | None = None,
+) -> AnnData:
     """Read and check one source.
 
     `source`: `.h5ad`, Zarr, output folder of an instrument, Cell Ranger counts, ST table, folder with a CSV pair, or
@@ -385,8 +475,8 @@ def read(source: str | Path, *, spatial: bool, counts: bool = True, sample: str 
     `counts=False` accepts scaled values; `min_spots`: spots each section needs; `layer`: where the counts are
     (`take_layer`; default `X`); `slide_key`: column of `obs` that divides the rows (`section_labels`); `plane`: how a
     third coordinate is treated (`check`). With `spatial`, `obs['slide']` holds the section of every row; a table that
-    does not name its section gets the file's name. Raises `InputError` with one line for every kind of bad input; nothing
-    is dropped here (see `validate_slide`).
+    does not name its section gets the file's name. Raises `InputError` with one line for every kind of bad input;
+    nothing is dropped here (see `validate_slide`).
     """
     text, sample = parse_source(source, sample)
     adata = take_layer(_load(text, spatial), layer, text)
@@ -406,16 +496,31 @@ def split_slides(adata: AnnData) -> list[AnnData]:
     return [adata[labels == label].copy() for label in dict.fromkeys(labels)]
 
 
-def read_many(sources: Sequence[str | Path], *, spatial: bool, counts: bool = True, min_spots: int = 3,
-              layer: str | None = None, slide_key: str | None = None, plane: str | None = None) -> list[AnnData]:
+def read_many(
+    sources: Sequence[str | Path],
+    *,
+    spatial: bool,
+    counts: bool = True,
+    min_spots: int = 3,
+    layer: str | None = None,
+    slide_key: str | None = None,
+    plane: str | None = None,
+) -> list[AnnData]:
     """`read` every source and split it into sections: one AnnData per section, in the order given."""
-    how = {"spatial": spatial, "counts": counts, "min_spots": min_spots, "layer": layer, "slide_key": slide_key, "plane": plane}
+    how = {
+        "spatial": spatial,
+        "counts": counts,
+        "min_spots": min_spots,
+        "layer": layer,
+        "slide_key": slide_key,
+        "plane": plane,
+    }
     # `read` has written the sections into obs['slide'], whichever column they came from.
     return [part for source in sources for part in split_sections(read(source, **how), source, "slide")]
 
 # %% ../../nbs/data/01_io.ipynb #bda672a8
 def real_files(source: str | Path) -> list[Path]:
-    """Every existing file that reading `source` would open, links followed: one file, both of a pair, or all in a folder. Sorted."""
+    """Every existing file that reading `source` would open, links followed: one, both of a pair, all in a folder."""
     text, _ = parse_source(source)
     pair = None if Path(text).exists() else PAIR.match(text)
     found, seen, todo = set(), set(), [Path(part) for part in (pair.groups() if pair else (text,))]
@@ -436,7 +541,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def takes(key: Any, value: Any, *, slash: bool = False) -> bool:
-    """Can anndata write `value` under `key`, inside a group and nowhere else? Plain arrays are not tried, only their key.
+    """Can anndata write `value` under `key`, inside a group and nowhere else? Of plain arrays only the key is tried.
 
     `slash`: the key may have a slash inside, as the name of a column may while anndata allows it.
     """
@@ -457,14 +562,23 @@ def takes(key: Any, value: Any, *, slash: bool = False) -> bool:
 
 # %% ../../nbs/data/01_io.ipynb #cc1b6b73
 def _text_column(values: pd.Series) -> pd.Series | None:
-    """`values` as plain text, or categories of it where there are gaps; None if an entry is not one word, number or date."""
+    """`values` as plain text, or categories of it where there are gaps; None if an entry is no word, number or date."""
     import pandas as pd
 
     gaps = values.isna().to_numpy()
     entries = values.astype(object).to_numpy()
-    if not all(np.isscalar(v) or hasattr(v, "isoformat") or isinstance(v, pd.Timedelta | pd.Period | pd.Interval) for v in entries[~gaps]):
+    if not all(
+        np.isscalar(v) or hasattr(v, "isoformat") or isinstance(v, pd.Timedelta | pd.Period | pd.Interval)
+        for v in entries[~gaps]
+    ):
         return None
-    text = np.array([None if gap else v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v, gap in zip(entries, gaps, strict=True)], dtype=object)
+    text = np.array(
+        [
+            None if gap else v.decode(errors="replace") if isinstance(v, bytes) else str(v)
+            for v, gap in zip(entries, gaps, strict=True)
+        ],
+        dtype=object,
+    )
     plain = pd.Series(text, index=values.index, dtype=object)
     return plain.astype("category") if gaps.any() or isinstance(values.dtype, pd.CategoricalDtype) else plain
 
@@ -477,7 +591,9 @@ def _column(values: pd.Series) -> tuple[pd.Series | None, str]:
         return values, ""
     if pd.api.types.infer_dtype(values, skipna=True) in ("integer", "floating", "mixed-integer-float", "decimal"):
         found = pd.to_numeric(values, errors="coerce")
-        return found if isinstance(found.dtype, np.dtype) and found.dtype.kind in "iuf" else found.astype(np.float64), "numbers"
+        return found if isinstance(found.dtype, np.dtype) and found.dtype.kind in "iuf" else found.astype(
+            np.float64
+        ), "numbers"
     text = _text_column(values)
     if text is None or not takes("column", text.array if text.dtype != object else text.to_numpy()):
         return None, ""
@@ -488,13 +604,24 @@ def _frame(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
     """`frame` with plain names and columns that can be written; the same object if nothing had to change."""
     import pandas as pd
 
-    columns, before, reserved = {}, len(notes), {"_index"} | {str(name) for name in frame.columns if "/" not in str(name)}
+    columns, before, reserved = (
+        {},
+        len(notes),
+        {"_index"} | {str(name) for name in frame.columns if "/" not in str(name)},
+    )
     for i, name in enumerate(frame.columns):
         key = str(name)
         values, became = _column(frame.iloc[:, i])
-        fits = key != "_index" and takes(key, 0, slash=True) and ("/" not in key or key.partition("/")[0] not in reserved)
+        fits = (
+            key != "_index"
+            and takes(key, 0, slash=True)
+            and ("/" not in key or key.partition("/")[0] not in reserved)
+        )
         if values is None or key in columns or not fits:
-            notes.append(f"{where}['{key}'] " + ("occurs twice; the first was written" if key in columns else "cannot be written and was left out"))
+            notes.append(
+                f"{where}['{key}'] "
+                + ("occurs twice; the first was written" if key in columns else "cannot be written and was left out")
+            )
             continue
         if became:
             notes.append(f"{where}['{key}'] was written as {became}")
@@ -502,17 +629,21 @@ def _frame(frame: pd.DataFrame, where: str, notes: list[str]) -> pd.DataFrame:
             notes.append(f"{where}: the column {name!r} was written as '{key}'")
         columns[key] = values.array
     index = frame.index
-    if not _is_plain(index.to_numpy()) and (index.dtype != object or pd.api.types.infer_dtype(index) not in ("string", "empty")):
+    if not _is_plain(index.to_numpy()) and (
+        index.dtype != object or pd.api.types.infer_dtype(index) not in ("string", "empty")
+    ):
         index = pd.Index(np.array([str(v) for v in index], dtype=object), name=index.name)
         notes.append(f"the names of {where} were written as plain text")
-    if index.name is not None and (not isinstance(index.name, str) or index.name in columns or not takes(index.name, 0)):
+    if index.name is not None and (
+        not isinstance(index.name, str) or index.name in columns or not takes(index.name, 0)
+    ):
         index = index.rename(None)
         notes.append(f"the index of {where} was written without its name")
     return frame if len(notes) == before else pd.DataFrame(columns, index=index)
 
-
+# %% ../../nbs/data/01_io.ipynb #9b4bbcc0
 def _entries(part: Mapping, where: str, notes: list[str]) -> dict:
-    """The entries of `obsm`, `uns`, ... that can be written, one level after the other; the others are named in `notes`."""
+    """The entries of `obsm`, `uns`, ... that can be written, level by level; the others are named in `notes`."""
     import pandas as pd
 
     kept = {}
@@ -539,7 +670,10 @@ def writable(adata: AnnData, source: object) -> tuple[AnnData, list[str]]:
     if adata.X is not None and not takes("X", adata.X):
         raise InputError(source, "X", "cannot be written", "store numbers in X, as an array or a CSR matrix")
     parts: dict[str, Any] = {name: _frame(getattr(adata, name), name, notes) for name in ("obs", "var")}
-    parts |= {name: _entries(getattr(adata, name), name, notes) for name in ("uns", "obsm", "varm", "layers", "obsp", "varp")}
+    parts |= {
+        name: _entries(getattr(adata, name), name, notes)
+        for name in ("uns", "obsm", "varm", "layers", "obsp", "varp")
+    }
     if adata.raw is not None:
         var = _frame(adata.raw.var, "raw.var", notes)
         parts["raw"] = {"X": adata.raw.X, "var": var, "varm": _entries(adata.raw.varm, "raw.varm", notes)}
@@ -547,9 +681,10 @@ def writable(adata: AnnData, source: object) -> tuple[AnnData, list[str]]:
 
 
 def write_h5ad(adata: AnnData, path: str | Path) -> Path:
-    """Write `adata` to `path` (gzip inside), whole or not at all; what cannot be written is changed or left out with a warning.
+    """Write `adata` to `path` (gzip inside), whole or not at all.
 
-    Raises `InputError` if the place cannot be written to.
+    What cannot be written is changed or left out with a warning (`writable`). Raises `InputError` if nothing can be
+    written to `path`.
     """
     path = Path(path)
     if path.is_dir():
