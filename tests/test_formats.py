@@ -302,6 +302,15 @@ def test_a_coordinate_table_without_a_header(tmp_path: Path):
     np.testing.assert_allclose(read(tmp_path, spatial=True).obsm["spatial"], PLACES, rtol=1e-15)
 
 
+def test_damaged_text_is_one_line(tmp_path: Path):
+    whole = gzip.compress(("cell,x,y\n" + "".join(f"c{i},{i},{i * i}\n" for i in range(3000))).encode())
+    for name in ("expr.csv.gz", "coords.csv.gz"):
+        (tmp_path / name).write_bytes(whole)
+    for damaged in (whole[:200], whole[:500] + bytes(200) + whole[700:], b"\xff\xfe\x00" * 50, b""):
+        (tmp_path / "expr.csv.gz").write_bytes(damaged)
+        refused(tmp_path, "expr.csv.gz: file: cannot be read as a text table")
+
+
 # ---------------------------------------------------------------- Zarr and what is not read
 
 

@@ -9,6 +9,7 @@ import csv
 import gzip
 import re
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ __all__ = ['CONTROL', 'FOREIGN', 'COSMX_KEYS', 'COSMX_PLACES', 'first_fields', '
            'placed', 'xenium_counts', 'read_xenium', 'is_cosmx', 'read_cosmx', 'is_zarr', 'read_zarr']
 
 # %% ../../nbs/data/11_formats.ipynb #88ea4c01
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
+"What reading a missing, cut, damaged or binary text table raises."
+
+
 def _separator(path: Path) -> str:
     return "\t" if re.search(r"\.(tsv|txt)(\.gz)?$", path.name) else ","
 
@@ -37,7 +42,7 @@ def first_fields(path: Path) -> list[str]:
     try:
         with gzip.open(path, "rt", errors="replace") if path.suffix == ".gz" else path.open(errors="replace") as file:
             return next(csv.reader([file.readline()], delimiter=_separator(path)), [])
-    except (OSError, EOFError, csv.Error) as error:
+    except _UNREADABLE as error:
         raise InputError(
             path, "file", f"cannot be read as a text table ({type(error).__name__})", "give a complete .csv or .tsv"
         ) from error
@@ -56,7 +61,7 @@ def read_table(path: Path, *, header: bool = True) -> pd.DataFrame:
         how = {"sep": _separator(path), "header": None}
         frame = pd.read_csv(path, index_col=0, skiprows=int(header), dtype={0: str}, low_memory=False, **how)
         top = pd.read_csv(path, nrows=1, dtype=str, **how).iloc[0].fillna("").tolist()
-    except (OSError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             path,
             "file",
@@ -330,11 +335,10 @@ def _xenium_cells(folder: Path) -> tuple[Path, pd.DataFrame]:
             "give the complete output folder of Xenium",
         )
     try:
-        frame = read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={"cell_id": str})
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        frame = None if path.suffix == ".parquet" else pd.read_csv(path, dtype={"cell_id": str})
+    except _UNREADABLE as error:
         raise InputError(path, "file", f"cannot be read ({type(error).__name__})", "copy the file again") from error
+    frame = read_parquet(path) if frame is None else frame
     absent = [name for name in ("cell_id", "x_centroid", "y_centroid") if name not in frame.columns]
     if absent:
         raise InputError(path, "columns", f"{', '.join(absent)} missing", "give the table as Xenium wrote it")
@@ -364,7 +368,7 @@ def _cosmx_part(path: Path, needed: Sequence[str]) -> pd.DataFrame:
 
     try:
         frame = pd.read_csv(path, sep=_separator(path), low_memory=False)
-    except (OSError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             path, "file", f"cannot be read as a text table ({type(error).__name__})", "copy the file again"
         ) from error
