@@ -291,14 +291,14 @@ def _write_all(result: AnnData, out: str | Path, page: str | None, report: str |
     from gears_nb.core.store import atomic_path
     from gears_nb.data.io import write_h5ad
 
-    if model_dir is not None and not (Path(model_dir) / "gears.json").is_file():
-        with _writing(model_dir):
-            model.save(model_dir)
     with _writing(out):
         write_h5ad(result, out)
     if page is not None:
         with _writing(report), atomic_path(report) as tmp:
             tmp.write_text(page, encoding="utf-8")
+    if model_dir is not None and not (Path(model_dir) / "gears.json").is_file():
+        with _writing(model_dir):
+            model.save(model_dir)
 
 # %% ../../nbs/runs/08_files.ipynb #daad6a1e
 def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | Path | None = None, *, profile: str = "toy", seed: int = 0,
@@ -422,11 +422,11 @@ def _positions(adata: AnnData, source: str, keys: Sequence[str], plane: str | No
 
 
 def _for_scoring(path: str | Path) -> AnnData:
-    "The table of an .h5ad, or the section of it that `FILE#SECTION` names, with unique barcodes."
-    from gears_nb.data.io import parse_source, read_h5ad, take_sample
+    "The table of a file or folder, or the section of it that `FILE#SECTION` names, with unique barcodes."
+    from gears_nb.data.io import parse_source, read, read_h5ad, take_sample
 
     name, section = parse_source(path, None)
-    table = read_h5ad(Path(name))
+    table = read_h5ad(Path(name)) if Path(name).suffix == ".h5ad" else read(name, spatial=True, counts=False)
     if "gears_section" in table.obs:
         known = sorted(set(table.obs["gears_section"].astype(str)) - {""})
         if section not in known:
@@ -440,7 +440,7 @@ def _for_scoring(path: str | Path) -> AnnData:
 
 
 def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0, plane: str | None = None) -> dict[str, Any]:
-    """The metrics of `benchmark.metrics.score` for two .h5ad files matched by barcode (either may be `FILE#SECTION`), with `cells` (compared), `without_position` (in both files, but without a
+    """The metrics of `benchmark.metrics.score` for two files matched by barcode (either may be `FILE#SECTION`, the truth also a slide of another format), with `cells` (compared), `without_position` (in both files, but without a
     usable place in one) and `unmatched` (in one file only). `plane`: of three coordinates. Raises `InputError` when fewer than ten cells can be compared."""
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
     from gears_nb.benchmark.metrics import score
