@@ -28,7 +28,7 @@ from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_gene
 from ..data.preprocess import row_totals
 from ..data.registry import cache_root
 from ..data.sections import repeated_sections, section_labels, split_sections
-from ..data.validate import Report, validate_cells, validate_slide
+from ..data.validate import Report, rescaled, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
 from .depth import Evidence, measure_evidence
@@ -88,8 +88,9 @@ def _once(slides: list[AnnData], cells: AnnData | None) -> list[AnnData]:
     return [slide for i, slide in enumerate(slides) if i not in copies]
 
 
-def _with_counts(slide: AnnData, name: str, least: int) -> AnnData:
-    "The spots that have a count in the shared genes; `InputError` if fewer than `least` are left."
+def _ready_to_teach(slide: AnnData, name: str, least: int) -> AnnData:
+    "The spots that have a count in the shared genes, positions shifted and scaled to where every number type holds them; `InputError` if fewer than `least` are left."
+    slide.obsm["spatial"] = rescaled(slide.obsm["spatial"])
     there = row_totals(slide.X != 0) > 0
     if there.all():
         return slide
@@ -125,7 +126,7 @@ def prepare_reference(slides: AnnData | Sequence[AnnData], cells: AnnData | None
         report = validate_cells(cells, "cells", counts=config.counts)[1]  # warns; its values must not choose genes, so names are matched as given
         names, tables, reports = [*names, "cells"], [*tables, cells], [*reports, report]
     match, least = match_genes(tables, names, config.min_genes), config.structure.miniset
-    return Reference([_with_counts(match.apply(t, n), n, least) for t, n in zip(clean, names)], match, reports, slides_digest(clean))
+    return Reference([_ready_to_teach(match.apply(t, n), n, least) for t, n in zip(clean, names)], match, reports, slides_digest(clean))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #53ae2163
 @dataclass

@@ -114,7 +114,7 @@ def embed_slides(train: Sequence[AnnData], test: AnnData, config: GearsConfig) -
     match = match_genes(checked[:-1], names[:-1], config.min_genes)
     tables = [*(match.apply(t, n) for t, n in zip(checked, names[:-1])), take_genes(checked[-1], match.genes, match.kind, names[-1], fill_missing=True)]
     embedding, _ = fit_embedding(tables[:-1], config)
-    return [(np.asarray(embedding.embed(t), np.float32), np.asarray(t.obsm["spatial"], np.float32)[:, :2]) for t in tables]
+    return [(np.asarray(embedding.embed(t), np.float32), np.asarray(t.obsm["spatial"], np.float64)[:, :2]) for t in tables]
 
 # %% ../../nbs/structure/09_experiments.ipynb #662b8308
 def workshop() -> Store:
