@@ -13,7 +13,7 @@ from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 from gears_nb.encoder.diagnose import CHECKS, SEVERITIES, diagnose, prepare
 from gears_nb.runs.cli import main
-from gears_nb.runs.diagnose_report import write_report
+from gears_nb.runs.diagnose_report import render_diagnosis, write_report
 
 GEARS = str(Path(sys.executable).parent / "gears")
 SEED = 33  # not one of the switchboard's
@@ -110,6 +110,13 @@ def test_the_page_stands_alone(found, tmp_path):
     assert not re.search(r"<(script|link|img|iframe)\b|url\(|\bsrc=", page) and "Mine &amp; &lt;yours&gt;" in page
     assert all(f'id="{f.key}"' in page for f in found.findings) and page.count("<svg") >= 8
     assert [p.name for p in tmp_path.iterdir()] == ["d.html"]
+
+
+def test_the_page_is_text_before_it_is_a_file(found, tmp_path):
+    text = render_diagnosis(found, "Mine")
+    assert write_report(tmp_path / "d.html", found, "Mine").read_text(encoding="utf-8") == text
+    assert all(f"--{name}:" in text for name in re.findall(r"var\(--(\w+)\)", text)), "every colour that is asked for is there"
+    assert "{&#x27;" not in text and not re.search(r"\.\d*[1-9]\d{4}", text.split("<body>")[1].split("<footer>")[0]), "raw Python on the page"
 
 
 def test_command(files, found, tmp_path):

@@ -1,5 +1,4 @@
 """The report is one file, needs no network, survives odd names, and draws what it was given."""
-import json
 import re
 import subprocess
 
@@ -12,8 +11,9 @@ from gears_nb.attention.browser import find_browser
 from gears_nb.benchmark.compare import risk_coverage, score_row
 from gears_nb.benchmark.metrics import METRICS
 from gears_nb.core.errors import InputError
+from gears_nb.core.page import contents
 from gears_nb.core.results import SCORE_KEYS
-from gears_nb.runs.report import informative_genes, position_colours, tissue_view, write_report
+from gears_nb.runs.report import compared, facts, informative_genes, position_colours, render_report, tissue_view, why_unscored, write_report
 
 BROWSER = find_browser()
 
@@ -51,18 +51,18 @@ def page(tmp_path_factory):
 
 
 def own_part(text):
-    """The page without plotly's own script."""
-    before, rest = text.split("<script>/**", 1)
+    """The page without what is packed: plotly's own script and the data."""
+    before, rest = text.split('id="packed">', 1)
     return before + rest.split("</script>", 1)[1]
 
 
 def data_of(text):
-    return json.loads(re.search(r'id="gears-data">(.*?)</script>', text, re.S).group(1))
+    return contents(text)["data"]
 
 
 def test_one_file_without_network(page):
     text = page.read_text()
-    assert len(re.findall(r"\* plotly\.js v", text)) == 1
+    assert len(contents(text)["libraries"]) == 1 and len(re.findall(r"\* plotly\.js v", contents(text)["libraries"][0])) == 1
     assert not re.search(r"https?:|//cdn|@import|<link|<img|src\s*=|url\(", own_part(text))
     assert "default-src 'none'" in text
     assert [p.name for p in page.parent.iterdir()] == ["r.html"]
@@ -111,12 +111,82 @@ def test_refusals(tmp_path):
         tissue_view("t", ad.AnnData(np.ones((3, 2), np.float32)))
     with pytest.raises(InputError, match="nogene"):
         tissue_view("t", table, truth, genes=["nogene"])
-    table.obsm["X_gears"][:] = np.nan
-    with pytest.raises(InputError, match="only 0 cells"):
-        tissue_view("t", table, truth)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError):
         write_report(tmp_path / "file" / "r.html", "t")
+
+
+def test_nobody_has_a_position():
+    table, truth = placed()
+    table.obsm["X_gears"][:] = np.nan
+    table.obs["gears_note"] = ["no counts"] * 40 + ["too few genes"] * 20
+    for view in (tissue_view("t", table, truth), tissue_view("t", table)):
+        assert (view.maps, view.notes[0], view.unplaced) == ((), "0 of 60 cells have a position.", {"no counts": 40, "too few genes": 20})
+        text = own_part(render_report("t", [view]))
+        assert "<h2>Cells without a position</h2>" in text and "<tr><td>no counts</td><td>40</td></tr>" in text
+
+
+def test_truth_of_some_cells():
+    """Where a third of the true places is not known all placed cells are drawn, the others decide the alignment, and the view says how many."""
+    table, truth = placed()
+    part = truth.copy()
+    part[:20] = np.nan
+    view, full = tissue_view("t", table, part), tissue_view("t", table, truth)
+    true, made = view.maps
+    assert len(true["x"]) == len(made["x"]) == 59 and true["x"].count(None) == 19 and None not in made["x"]
+    assert "The true place of 40 of them is known; only these are compared." in view.notes
+    np.testing.assert_allclose(true["x"][19:], made["x"][19:], atol=2e-4)
+    d = lambda m: np.linalg.norm(np.diff(np.stack([m["x"], m["y"]]), axis=1), axis=0)
+    ratio = d(made) / d(full.maps[1])
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-2)
+    assert view.colours[0]["values"][0][:19] == ["#9f9f9f"] * 19 and compared(table.obsm["X_gears"], part).sum() == 40
+
+
+def test_too_few_for_scores(page):
+    table, truth = placed()
+    part = np.where(np.arange(60)[:, None] < 8, truth, np.nan)
+    reason = why_unscored(table.obsm["X_gears"], part)
+    assert reason == "Too few cells for scores: 7 have both a position and a known place, and 10 are needed." and reason in tissue_view("t", table, part).notes
+    text = own_part(render_report("t", [tissue_view("t", table, part)], scores={"t": reason, "u": []}))
+    assert reason in text and "Nothing was scored." in text and "mean rank" not in text and "Spearman" not in text
+    assert why_unscored(table.obsm["X_gears"], truth) == ""
+
+
+def test_one_method_has_no_rank(page):
+    table, truth = placed()
+    text = own_part(render_report("t", scores={"t": [score_row(table.obsm["X_gears"], truth, protocol="own", dataset="t", method="gears")]}))
+    assert "mean rank" not in text and "<th>Spearman ↑</th>" in text and "<tr class=ours><td>gears</td><td><b>1.000</b></td>" in text
+    assert "mean rank" in own_part(page.read_text()) and "<th>mean rank</th>" in page.read_text()
+
+
+def test_diagnostics_are_told_in_words():
+    """One row per source, numbers with four digits, no brackets and no names of variables; settings keep their names."""
+    lost = {"count": 7, "examples": ["<g1>", "g2"]}
+    told = {"gene_matching": {"common": 700, "vocabulary": "symbol", "sources": [{"source": s, "genes": 707, "shared": 700, "not_shared": lost} for s in ("ST1", "cells")]},
+            "dropped": {"source": "cells", "cells_dropped": 0, "cells_dropped_examples": []}, "graph": {"islands": [2500], "reattached": 133},
+            "stitching": {"patch_scale": [0.83356, 1.02208, 1.11981], "seconds": {"graph": 0.127}, "memory_estimate": 116440016},
+            "solve": {"stress": 0.025141826080873543, "converged": True, "residuals": {"q50": 0.017704404708816963}, "reason": "converged"}, "config": {"structure": {"k_cand": 80}}}
+    text = own_part(render_report("t", diagnostics={"t": told})).split("</head>")[1].split("<script")[0]
+    assert "<tr><td>ST1</td><td>707</td><td>700</td><td>7 (&lt;g1&gt;, g2, …)</td></tr>" in text and "<th>structure.k_cand</th>" in text
+    words, settings = text.split("<h2>Settings</h2>")
+    raw = re.findall(r"[{}\[\]]|\b[a-z]\w*_\w+\b|\.\d*[1-9]\d{4}|\bTrue\b|\bNone\b", words)
+    assert not raw, "raw Python on the page"
+    assert "<td>yes</td>" in words and "0.02514" in words and "Genes" in words
+    assert facts({}) == "" and "<td>none</td>" in facts({"x": []})
+
+
+def test_several_sections_are_several_views():
+    table, truth = placed()
+    table.obsm["X_gears"][:30] = np.nan
+    views = [tissue_view(f"section {i}", table[rows].copy(), truth[rows]) for i, rows in enumerate((slice(0, 30), slice(30, 60)))]
+    data = data_of(render_report("t", views))
+    assert [len(t["maps"]) for t in data["tissues"]] == [0, 2] and [t["name"] for t in data["tissues"]] == ["section 0", "section 1"]
+
+
+def test_a_report_that_cannot_be_made_writes_nothing(tmp_path):
+    with pytest.raises(AttributeError):
+        write_report(tmp_path / "r.html", "t", scores=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_subsample_is_seeded_and_aligned_on_all_cells():
@@ -152,7 +222,7 @@ def test_in_a_browser(page, tmp_path):
     done = subprocess.run([BROWSER, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     assert 'data-ready="yes"' in done.stdout
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    drawn = done.stdout.split("<script type=\"application/json\"")[0]
+    drawn = done.stdout.split('<script type="text/plain"')[0]
     maps = re.split(r'id="map\d"', drawn)[1:]
     assert len(maps) == 2
     assert [m.split('id="legend"')[0].count('class="point"') for m in maps] == [59, 59]

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import InputError
+from ..core.errors import InputError, option
+from ..core.page import page
 from ..core.results import versions_info
 from ..core.store import atomic_path, write_json
 from ..encoder.diagnose import SEVERITIES, Bars, Diagnosis, Finding
 from .files import check_exists, check_output, named_after
-from .report import _STYLE, _two_columns
+from .report import facts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['svg_bars', 'write_report', 'diagnose_files', 'readiness_files']
+__all__ = ['svg_bars', 'render_diagnosis', 'write_report', 'diagnose_files', 'readiness_files']
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #a974d0b8
 def _span(chart: Bars) -> tuple[float, float]:
@@ -59,15 +60,20 @@ def svg_bars(chart: Bars, width: int = 560, row: int = 22) -> str:
     return f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {bottom + 20}" role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #b7202a9b
+_NAMES = {"common": "genes shared by all sources", "vocabulary": "names compared", "min_genes": "shared genes needed at least", "sources": "by source", "not_shared": "not in all sources",
+          "case": "differing in case only", "duplicated": "name occurs twice", "ambiguous": "name of several genes", "slide_acc": "accuracy of naming the slide", "p": "p-value",
+          "share_fdr05": "share at a false discovery rate of 5 %", "share_fdr01": "share at a false discovery rate of 1 %", "h_gate": "E_geo on its own graph", "t_edge": "E_geo on true edges",
+          "guess": "E_geo of the first guess", "gate_off": "E_geo with the gate off", "recall20": "candidate recall at 20", "precision30": "gate precision at 30"}
 _WORDS = {"problem": "problem", "warning": "act on it", "note": "know it", "ok": "fine", "skipped": "not tested"}
-_MORE_STYLE = """
-.badge { display:inline-block; padding:.05rem .5rem; border-radius:1em; font-size:12px; font-weight:600; color:#fff; white-space:nowrap }
-.problem { background:#b0413e } .warning { background:#b35900 } .note { background:#2a6f97 } .ok { background:#2e7d5b } .skipped { background:#6b7680 }
+_STYLE = """
+.badge { display:inline-block; padding:.05rem .5rem; border-radius:1em; font-size:12px; font-weight:600; color:var(--paper); white-space:nowrap }
+.badge.problem { background:var(--problem) } .badge.warning { background:var(--caution); color:var(--on_caution) } .badge.note { background:var(--accent) }
+.badge.ok { background:var(--good) } .badge.skipped { background:var(--soft) }
 .finding { border:1px solid var(--line); border-radius:8px; background:var(--card); padding:.7rem 1rem; margin:.8rem 0 } .finding h3 { margin:.1rem 0 .3rem }
 .finding p { max-width:90ch } .verdict { color:var(--soft); font-weight:600; font-size:13px; letter-spacing:.03em } .todo { border-left:3px solid var(--accent); padding-left:.7rem }
 .charts { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap:.6rem } figure { margin:.4rem 0 } figcaption { font-size:13px; color:var(--soft) }
 svg { width:100%; max-width:600px; height:auto; font-size:12px } svg text { fill:var(--ink) } svg text.soft { fill:var(--soft) } svg rect { fill:var(--accent) } svg .ref { stroke:var(--warn); stroke-dasharray:4 3 }
-a { color:var(--accent) } .list td { text-align:left; white-space:normal }
+.list td { text-align:left; white-space:normal }
 """
 _READING = """<p>A verdict is computed from the numbers below it and never from the look of a chart. <b>CONFIRMED</b>: the cause is there and large enough to matter. <b>PARTIAL</b>: it is there,
 below that size. <b>FALSIFIED</b>: it is not there, and these slides could have shown it. <b>UNDECIDED</b>: they could not have shown it.</p>
@@ -87,7 +93,7 @@ def _badge(severity: str) -> str:
 def _finding_html(f: Finding) -> str:
     charts = "".join(svg_bars(c) for c in f.charts if c.labels)
     todo = f"<p class=todo><b>What to do.</b> {_prose(f.advice)}</p>"
-    numbers = f"<details><summary>all numbers ({f.seconds:.1f} s)</summary>{_two_columns(f.numbers)}</details>" if f.numbers else ""
+    numbers = f"<details><summary>all numbers ({f.seconds:.1f} s)</summary>{facts(f.numbers, _NAMES)}</details>" if f.numbers else ""
     verdict = f' <span class=verdict>{html.escape(f.verdict)}</span>' if f.verdict else ""
     return (f'<div class=finding id="{html.escape(f.key)}"><h3>{_badge(f.severity)} {html.escape(f.question)}{verdict}</h3>'
             f"<p>{_prose(f.summary)}</p>{todo}<div class=charts>{charts}</div>{numbers}</div>")
@@ -106,21 +112,22 @@ def _summary(diagnosis: Diagnosis) -> str:
     return f"<div class=wide><table class=list>{rows}</table></div>"
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #d62a19db
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>{style}</style></head><body>{body}<footer>{footer}</footer></body></html>"""
-
-
-def write_report(path: str | Path, diagnosis: Diagnosis, title: str = "Diagnosis", reading: str = _READING) -> Path:
-    "Write the self-contained HTML page atomically and return its path; `reading`: the last section, as HTML."
+def render_diagnosis(diagnosis: Diagnosis, title: str = "Diagnosis", reading: str = _READING) -> str:
+    "The text of the self-contained HTML page; nothing is written. `reading`: the last section, as HTML."
     counts = {s: sum(f.severity == s for f in diagnosis.findings) for s in SEVERITIES}
     told = ", ".join(f"{n} {_WORDS[s]}" for s, n in counts.items() if n)
     body = (f"<h1>{html.escape(title)}</h1><p class=soft>{len(diagnosis.sources)} sources, {diagnosis.genes} common genes. {len(diagnosis.findings)} findings: {told}.</p>"
             f"<h2>What matters</h2>{_summary(diagnosis)}<h2>Sources</h2>{_overview(diagnosis)}"
             f"<h2>Findings</h2>{''.join(map(_finding_html, diagnosis.findings))}<h2>How to read this</h2>{reading}")
-    footer = html.escape(f"profile {diagnosis.profile}, seed {diagnosis.seed}, " + ", ".join(f"{k} {v}" for k, v in versions_info().items()))
+    footer = f"profile {diagnosis.profile}, seed {diagnosis.seed}, " + ", ".join(f"{k} {v}" for k, v in versions_info().items())
+    return page(title, body, style=_STYLE, footer=footer)
+
+
+def write_report(path: str | Path, diagnosis: Diagnosis, title: str = "Diagnosis", reading: str = _READING) -> Path:
+    "Write the page of `render_diagnosis` atomically and return its path."
+    text = render_diagnosis(diagnosis, title, reading)
     with atomic_path(path) as tmp:
-        Path(tmp).write_text(_PAGE.format(title=html.escape(title), style=_STYLE + _MORE_STYLE, body=body, footer=footer), encoding="utf-8")
+        Path(tmp).write_text(text, encoding="utf-8")
     return Path(path)
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #9263e651
@@ -135,7 +142,7 @@ def _read_all(slides: Sequence[str | Path], cells: str | Path | None, report: st
         ending = Path(report).suffix.lower()
         check_output(report, "--report", ending if ending in suffixes else suffixes[0], inputs)
     if profile not in SETTINGS:
-        raise InputError("diagnose", "--profile", f"there is no {profile!r}", f"use one of {', '.join(SETTINGS)}")
+        raise InputError("diagnose", "profile", f"there is no {profile!r}", f"use one of {', '.join(SETTINGS)}, for example {option('profile', 'toy')}")
     return read_many(slides, spatial=True, min_spots=10), None if cells is None else read(cells, spatial=False)
 
 
@@ -167,7 +174,8 @@ def readiness_files(slides: Sequence[str | Path], cells: str | Path | None = Non
     from gears_nb.structure.readiness import readiness
 
     if seeds < 1 or (jobs is not None and jobs < 1):
-        raise InputError("readiness", "--seeds" if seeds < 1 else "--jobs", "is below 1", "give a positive number")
+        wrong, given = ("seeds", seeds) if seeds < 1 else ("jobs", jobs)
+        raise InputError("readiness", wrong, f"{given} is below 1", f"give a positive number, for example {option(wrong, 2)}")
     tables, query = _read_all(slides, cells, report, profile, (".html", ".json"))
     with named_after({"cells": cells} if cells is not None else {}):
         found = readiness(tables, query, seed=seed, seeds=seeds, profile=profile, base=model, diff=overrides, jobs=jobs, progress=progress)

@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import html
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.page import page, plotly_source
 from ..core.results import plain
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
-from ..core.style import COLOURS, css_variables
+from ..core.style import COLOURS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from gears_nb.benchmark.compare import RiskCurve
 
 # %% auto #0
-__all__ = ['PALETTE', 'position_colours', 'informative_genes', 'TissueView', 'tissue_view', 'curve', 'write_report']
+__all__ = ['PALETTE', 'FEW', 'WORDS', 'position_colours', 'informative_genes', 'TissueView', 'compared', 'why_unscored',
+           'tissue_view', 'facts', 'curve', 'render_report', 'write_report']
 
 # %% ../../nbs/runs/03_report.ipynb #eeca7dca
 _CORNERS = np.array([list(bytes.fromhex(COLOURS[c][1:])) for c in ("blue", "orange", "green", "purple")], dtype=float)
@@ -35,11 +37,14 @@ PALETTE = (*(COLOURS[c] for c in ("blue", "vermillion", "green", "orange", "purp
 
 
 def position_colours(xy: np.ndarray) -> list[str]:
-    """Hex colours (n) that encode the position of points (n, 2) by bilinear mixing of four corner colours."""
-    low, span = xy.min(0), np.maximum(np.ptp(xy, axis=0), 1e-12)
-    u, v = ((xy - low) / span).T
+    """Hex colours (n) that encode the position of points (n, 2) by bilinear mixing of four corner colours; grey where it is not known (NaN)."""
+    known = np.isfinite(xy).all(1)
+    where = xy[known]
+    u, v = ((where - where.min(0)) / np.maximum(np.ptp(where, axis=0), 1e-12)).T
     weights = np.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v], axis=1)
-    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.rint(weights @ _CORNERS).astype(int)]
+    colours = np.full(len(xy), PALETTE[-1])
+    colours[known] = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.rint(weights @ _CORNERS).astype(int)]
+    return colours.tolist()
 
 # %% ../../nbs/runs/03_report.ipynb #5920d4e9
 def _dense_log(adata: AnnData) -> np.ndarray:
@@ -65,21 +70,27 @@ def informative_genes(adata: AnnData, xy: np.ndarray, count: int = 8, max_cells:
 
 # %% ../../nbs/runs/03_report.ipynb #b95bf6a8
 def _aligned(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The prediction aligned to the truth (rotation, reflection, scale, shift), and the truth in unit-RMS gauge, both (n, 2)."""
+    """The prediction aligned to the truth (rotation, reflection, scale, shift), and the truth in unit-RMS gauge, both (n, 2).
+
+    Rows of `truth` may be NaN: they stay so and take no part in the alignment."""
     from gears_nb.core.gauge import gauge_fix, procrustes
-    Y = np.asarray(gauge_fix(np.asarray(truth, dtype=np.float64)))
-    return np.asarray(procrustes(np.asarray(predicted, dtype=np.float64), Y, scale=True).aligned), Y
+    X, Y, known = np.asarray(predicted, dtype=np.float64), np.array(truth, dtype=np.float64), np.isfinite(truth).all(1)
+    Y[known] = gauge_fix(Y[known])
+    fit = procrustes(X[known], Y[known], scale=True)
+    return fit.scale * (X @ fit.rotation) + fit.translation, Y
 
 # %% ../../nbs/runs/03_report.ipynb #e30b6c73
 @dataclass(frozen=True)
 class TissueView:
-    """One tissue for the report. `maps`: dicts with title, x, y, group; `names`: labels per group; `colours`: dicts with
-    name, kind ("rgb", "category", "number"), values per group (None where a group has none); `notes`: sentences below."""
+    """One tissue for the report. `maps`: dicts with title, x, y, group, none without positions; `names`: labels per group; `colours`: dicts with
+    name, kind ("rgb", "category", "number"), values per group (None where a group has none); `notes`: sentences below; `unplaced`: number of
+    cells without a position by reason."""
     name: str
-    maps: tuple[dict[str, Any], ...]
-    names: tuple[list[str], ...]
-    colours: tuple[dict[str, Any], ...]
+    maps: tuple[dict[str, Any], ...] = ()
+    names: tuple[list[str], ...] = ()
+    colours: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    unplaced: dict[str, int] = field(default_factory=dict)
 
 
 def _numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
@@ -110,6 +121,39 @@ def _gene_colours(tables: Sequence[AnnData], genes: Sequence[str]) -> list[dict[
     return [{"name": f"gene {gene}", "kind": "number", "values": [column(i, gene) for i in range(len(tables))]} for gene in genes]
 
 # %% ../../nbs/runs/03_report.ipynb #f119eab2
+FEW = 10
+"Cells with a position and a known place below which nothing is scored."
+
+
+def compared(X: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Cells (n,) that have a position (rows of `X`) and a known place (rows of `truth`); both (n, 2), NaN where there is none."""
+    return np.isfinite(np.asarray(X, dtype=float)).all(1) & np.isfinite(np.asarray(truth, dtype=float)).all(1)
+
+
+def why_unscored(X: np.ndarray, truth: np.ndarray) -> str:
+    """Why a reconstruction `X` (n, 2) of cells at `truth` (n, 2) gets no scores, or an empty text if it gets some."""
+    count = int(compared(X, truth).sum())
+    return "" if count >= FEW else f"Too few cells for scores: {count} have both a position and a known place, and {FEW} are needed."
+
+
+def _notes(placed: np.ndarray, truth: np.ndarray | None, X: np.ndarray, drawn: int) -> tuple[str, ...]:
+    """Sentences on how many cells are placed, compared and drawn."""
+    count = int(placed.sum())
+    notes = [f"{count} of {len(placed)} cells have a position."]
+    if truth is not None:
+        known = int(compared(X, truth).sum())
+        notes += [f"The true place of {known} of them is known; only these are compared."] if known < count else []
+        notes += [reason] if (reason := why_unscored(X, truth)) else []
+    return (*notes, *([f"{drawn} of them are drawn."] if drawn < count else []))
+
+
+def _reasons(result: AnnData, placed: np.ndarray) -> dict[str, int]:
+    """Number of cells without a position by the reason in `obs['gears_note']`, the most frequent first."""
+    given = result.obs["gears_note"].astype(object) if "gears_note" in result.obs else np.full(len(placed), None, dtype=object)
+    said = [str(g).strip() if isinstance(g, str) and g.strip() else "no reason was noted" for g in np.asarray(given, dtype=object)[~placed]]
+    return dict(sorted(((reason, said.count(reason)) for reason in dict.fromkeys(said)), key=lambda item: -item[1]))
+
+# %% ../../nbs/runs/03_report.ipynb #2df01ac0
 def _display_rows(placed: np.ndarray, max_points: int, seed: int) -> np.ndarray:
     """At most `max_points` of the placed rows, seeded, in their order."""
     rows = np.flatnonzero(placed)
@@ -126,36 +170,35 @@ def _check_view(name: str, result: AnnData, genes: Sequence[str]) -> None:
     if unknown:
         raise InputError(name, "genes", f"{unknown[0]} is not in the table", "give a gene name of the cells' file")
 
-# %% ../../nbs/runs/03_report.ipynb #2df01ac0
+
 def tissue_view(name: str, result: AnnData, truth: np.ndarray | None = None, reference: AnnData | None = None,
                 genes: Sequence[str] = (), max_points: int = 5000, seed: int = 0) -> TissueView:
-    """What the report shows of a reconstructed AnnData (`obsm['X_gears']`, `obs['gears_confidence']`).
+    """What the report shows of a reconstructed AnnData (`obsm['X_gears']`, `obs['gears_confidence']`, `obs['gears_note']`).
 
-    truth (n, 2): shown beside, if known; otherwise `reference`, a slide with `obsm['spatial']`. `genes`: in addition to
-    the spatially informative ones. Raises `InputError` without a reconstruction or for an unknown gene.
+    truth (n, 2): shown beside, as far as it is known (NaN where not); otherwise `reference`, a slide with `obsm['spatial']`. `genes`: in addition
+    to the spatially informative ones. Raises `InputError` without a reconstruction or for an unknown gene.
     """
     _check_view(name, result, genes)
     X = np.asarray(result.obsm["X_gears"], dtype=float)
-    placed = np.isfinite(X).all(1) & (np.isfinite(truth).all(1) if truth is not None else True)
-    if placed.sum() < 3:
-        raise InputError(name, "obsm['X_gears']", f"only {placed.sum()} cells have a position", "look at the warnings of the reconstruction")
+    placed = np.isfinite(X).all(1)
     rows = _display_rows(placed, max_points, seed)
-    # the alignment belongs to all cells, not to the few that are drawn
-    notes = [f"{placed.sum()} of {len(X)} cells have a position."] + ([f"{len(rows)} of them are drawn."] if len(rows) < placed.sum() else [])
-    if truth is not None:
-        shown = tuple(a[np.searchsorted(np.flatnonzero(placed), rows)] for a in _aligned(X[placed], truth[placed])[::-1])
-        maps = (_map("true positions", shown[0], 0), _map("reconstructed (aligned)", shown[1], 0))
-    else:
-        shown = (X[rows],)
-        maps = (_map("reconstructed", X[rows], 0),)
-    tables = [result[rows]]
+    notes, unplaced = _notes(placed, truth, X, len(rows)), _reasons(result, placed)
+    if len(rows) < 3:
+        return TissueView(name, notes=(*notes, "There is no map of fewer than three."), unplaced=unplaced)
+    known = truth is not None and compared(X, truth).sum() >= 3
+    shown = _aligned(X[placed], np.asarray(truth, dtype=float)[placed])[::-1] if known else (X[placed],)
+    shown = tuple(a[np.searchsorted(np.flatnonzero(placed), rows)] for a in shown)  # the alignment belongs to all cells, not to the few that are drawn
+    titles = ("true positions", "reconstructed (aligned)") if known else ("reconstructed",)
+    maps, tables = [_map(title, xy, 0) for title, xy in zip(titles, shown)], [result[rows]]
+    where, on = tables[0], shown[0]
     if truth is None and reference is not None:
-        ref_xy = np.asarray(reference.obsm["spatial"], dtype=float)[:, :2]
-        some = _display_rows(np.isfinite(ref_xy).all(1), max_points, seed)
-        tables.append(reference[some])
-        maps = (_map("reference slide", ref_xy[some], 1), *maps)
-    chosen = list(dict.fromkeys([*genes, *informative_genes(tables[-1], ref_xy[some] if len(tables) > 1 else shown[0])]))
-    return TissueView(name, maps, tuple([str(n) for n in t.obs_names] for t in tables), _colours(tables, shown[0], chosen), tuple(notes))
+        on = np.asarray(reference.obsm["spatial"], dtype=float)[:, :2]
+        some = _display_rows(np.isfinite(on).all(1), max_points, seed)
+        where, on = reference[some], on[some]
+        tables, maps = [*tables, where], [_map("reference slide", on, 1), *maps]
+    there = np.isfinite(on).all(1)
+    chosen = list(dict.fromkeys([*genes, *informative_genes(where[there], on[there])]))
+    return TissueView(name, tuple(maps), tuple([str(n) for n in t.obs_names] for t in tables), _colours(tables, shown[0], chosen), notes, unplaced)
 
 # %% ../../nbs/runs/03_report.ipynb #23852e46
 def _colours(tables: Sequence[AnnData], xy: np.ndarray, genes: Sequence[str]) -> tuple[dict[str, Any], ...]:
@@ -167,56 +210,118 @@ def _colours(tables: Sequence[AnnData], xy: np.ndarray, genes: Sequence[str]) ->
     return (*colours, *_gene_colours(tables, [g for g in genes if any(g in t.var_names for t in tables)]))
 
 # %% ../../nbs/runs/03_report.ipynb #45c790cb
-def _show(value: Any) -> str:
+WORDS: dict[str, str] = {
+    "common": "genes shared by all sources", "vocabulary": "names compared", "min_genes": "shared genes needed at least", "sources": "by source", "not_shared": "not in all sources",
+    "case": "differing in upper and lower case only", "duplicated": "name occurs twice", "ambiguous": "name of several genes", "cells_dropped": "cells set aside",
+    "genes_dropped": "genes set aside", "cells_dropped_examples": "such cells", "genes_dropped_examples": "such genes", "islands": "cells of each piece",
+    "reattached": "isolated cells, joined to their nearest", "bridges": "edges added to join pieces", "patch_size": "cells per patch", "landmarks": "cells that all patches share",
+    "members": "models", "coverage": "patches per cell: fewest, mean, most", "filled": "places in patches filled up at random", "measurements": "distances measured",
+    "pairs": "pairs of cells with a stitched distance", "dropped_pairs": "pairs left out as unreliable", "spread": "relative disagreement of patches: 5, 50, 95 %",
+    "reliability": "trust in a patch: 5, 50, 95 %", "unreliable_patches": "patches with little trust", "patch_scale": "scale of a patch against the others: 5, 50, 95 %",
+    "memory_estimate": "memory, estimated (bytes)", "seconds": "seconds for", "start_stress": "stress before", "stress": "stress after", "residuals": "misfit of a distance",
+    "q50": "median", "q90": "90 % are below", "q99": "99 % are below", "reason": "why it stopped",
+}
+"Names of a reconstruction's diagnostics in words, where underscores turned into blanks would not do."
+
+
+def _words(key: str, names: Mapping[str, str]) -> str:
+    """The name of a diagnostic as text."""
+    return names.get(key, key.replace("_", " "))
+
+
+def _show(value: Any, names: Mapping[str, str] = WORDS) -> str:
+    """A plain value as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, Mapping) and set(value) == {"count", "examples"}:
+        return f"{value['count']}" + (f" ({', '.join(map(str, value['examples']))}{', …' if value['count'] > len(value['examples']) else ''})" if value["examples"] else "")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_words(str(k), names)} {_show(v, names)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         more = f", … ({len(value)} in all)" if len(value) > 12 else ""
-        return ", ".join(_show(v) for v in value[:12]) + more
+        return ", ".join(_show(v, names) for v in value[:12]) + more if value else "none"
     return "–" if value is None else str(value)
 
-
-def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dictionaries as (dotted name, text)."""
-    if isinstance(value, Mapping):
-        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, _show(value))]
+# %% ../../nbs/runs/03_report.ipynb #613d9478
+def _branch(value: Any) -> bool:
+    """Whether a plain value has parts with names; a number with examples is one thing."""
+    return isinstance(value, Mapping) and bool(value) and set(value) != {"count", "examples"}
 
 
-def _two_columns(value: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in _leaves(plain(value)))
-    return f"<div class=wide><table class=facts>{rows}</table></div>"
+def _as_rows(value: Any) -> list[Mapping[str, Any]] | None:
+    """Like things as rows: a list of dictionaries, or a dictionary of two or more with the same names; None for anything else."""
+    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        return value
+    if not _branch(value) or len(value) < 2 or not all(_branch(v) and not any(map(_branch, v.values())) for v in value.values()):
+        return None
+    same = len({tuple(v) for v in value.values()}) == 1
+    return [{"": k, **v} for k, v in value.items()] if same else None
 
 
-def _score_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Score rows of one task as an HTML table (`benchmark.compare.table`), with the rows of ours marked."""
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Nested dictionaries as (names on the way, value); like things stay together."""
+    if _branch(value) and _as_rows(value) is None:
+        return [leaf for k, v in value.items() for leaf in _leaves(v, (*path, str(k)))]
+    return [(path, value)]
+
+
+def _rows_html(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = WORDS) -> str:
+    """Like things as a table: a column for each of their names, a row for each of them."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    head = "".join(f"<th>{html.escape(_words(str(k), names))}</th>" for k in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(_show(row[k], names)) if k in row else ''}</td>" for k in columns) + "</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def facts(value: Mapping[str, Any], names: Mapping[str, str] = WORDS, *, own_names: bool = False) -> str:
+    """Nested diagnostics as HTML tables, with `names` in words; `own_names`: dotted, as they are (settings)."""
+    lines, tables = [], []
+    for path, leaf in _leaves(plain(value)) if value else []:
+        name = html.escape(".".join(path) if own_names else ", ".join(_words(k, names) for k in path))
+        rows = _as_rows(leaf)
+        if rows is not None:
+            tables.append((f"<p class=soft>{name}</p>" if name else "") + _rows_html(rows, names))
+        else:
+            lines.append(f"<tr><th>{name}</th><td>{html.escape(_show(leaf, names))}</td></tr>")
+    return (f"<div class=wide><table class=facts>{''.join(lines)}</table></div>" if lines else "") + "".join(tables)
+
+# %% ../../nbs/runs/03_report.ipynb #7767bfcd
+_METRICS = {"spearman": "Spearman", "pearson": "Pearson", "stress1": "Stress-1", "edge_auc": "ROC-AUC", "bap": "bAP", "shell_f1": "Shell-F1", "trust20": "Trust@20", "cont20": "Cont@20",
+            "swd": "SWD", "w1_knn": "W1"}
+
+
+def _ranked(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether score rows of one task hold two methods or more that take a rank."""
+    from gears_nb.benchmark.compare import UNRANKED
+    return len({row["method"] for row in rows} - set(UNRANKED)) > 1
+
+
+def _score_html(rows: Sequence[Mapping[str, Any]] | str) -> str:
+    """Score rows of one task as an HTML table (`benchmark.compare.table`), with the rows of ours marked; a text says why there are none."""
     from gears_nb.benchmark.compare import table, task_names
-    text = table(rows, task_names(rows)[0], fmt="html")
+    if isinstance(rows, str) or not rows:
+        return f"<p>{html.escape(rows) if rows else 'Nothing was scored.'}</p>"
+    text = table(rows, task_names(rows)[0], fmt="html").replace("<td>nan</td>", "<td>–</td>")
+    text = re.sub(r"<th>(\w+) (?=[↑↓])", lambda m: f"<th>{_METRICS.get(m[1], m[1])} ", text)
+    if not _ranked(rows):
+        text = re.sub(r"(<tr>(<t[hd]>).*?</t[hd]>)\2.*?</t[hd]>", r"\1", text)
     return "<div class='wide scores'>" + text.replace("<tr><td>gears", "<tr class=ours><td>gears") + "</div>"
 
 # %% ../../nbs/runs/03_report.ipynb #4eb1308d
 _STYLE = """
-* { box-sizing:border-box }
-body { margin:0 auto; padding:1.5rem; max-width:1180px; background:var(--paper); color:var(--ink);
-  font:15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
-h1 { font-size:1.6rem; margin:0 } h2 { font-size:1.15rem; margin:2.2rem 0 .4rem; border-top:1px solid var(--line); padding-top:1rem }
-h3 { font-size:1rem; margin:1.2rem 0 .3rem } p { margin:.3rem 0 .7rem; max-width:75ch } .soft { color:var(--soft) }
 .controls { display:flex; gap:1rem; flex-wrap:wrap; align-items:center; margin:.5rem 0 }
-select, button { font:inherit; color:var(--ink); background:var(--card); border:1px solid var(--line); border-radius:6px; padding:.25rem .5rem }
 .maps { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap:.8rem }
 .map { height:460px; min-width:0; overflow:hidden; background:var(--card); border:1px solid var(--line); border-radius:8px } .chart { height:300px; min-width:0 }
 .legend { display:flex; flex-wrap:wrap; gap:.2rem .9rem; margin:.5rem 0; font-size:13px } .legend i { display:inline-block; width:.75em; height:.75em;
   border-radius:50%; margin-right:.35em }
-.wide { overflow-x:auto } table { border-collapse:collapse; font-size:13px; font-variant-numeric:tabular-nums }
-th, td { padding:.28rem .6rem; border-bottom:1px solid var(--line); text-align:right; white-space:nowrap }
-th:first-child, td:first-child { text-align:left } .scores th, .scores td { padding:.28rem .42rem } .facts td { text-align:left; white-space:normal } .facts th { font-weight:500; vertical-align:top }
-tr.ours { background:var(--card) } tr.ours td:first-child { color:var(--accent); font-weight:600 }
-.warn { color:var(--warn) } details { margin:.6rem 0 } summary { cursor:pointer } footer { margin-top:2rem; color:var(--soft); font-size:13px }
+.scores th, .scores td { padding:.28rem .42rem } tr.ours { background:var(--card) } tr.ours td:first-child { color:var(--accent); font-weight:600 }
 """
 
 # %% ../../nbs/runs/03_report.ipynb #6a647eac
 _SCRIPT_MAPS = """
-const D = JSON.parse(document.getElementById('gears-data').textContent), $ = id => document.getElementById(id);
+const D = await globalThis.gearsPage, $ = id => document.getElementById(id);
 const css = n => getComputedStyle(document.documentElement).getPropertyValue(n).trim();
 const palette = D.palette, config = {displaylogo:false, responsive:true, modeBarButtonsToRemove:['select2d','autoScale2d']};
 const layout = more => Object.assign({paper_bgcolor:'rgba(0,0,0,0)', plot_bgcolor:'rgba(0,0,0,0)', font:{color:css('--ink'), size:12},
@@ -235,6 +340,8 @@ function paint(c, group, last) {
 }
 function draw() {
   const t = D.tissues[state.tissue], c = t.colours[state.colour];
+  $('legend').replaceChildren(); $('notes').textContent = t.notes.join(' ');
+  if (!t.maps.length) return;
   t.maps.forEach((m, j) => {
     const n = m.x.length, mark = Object.assign({size:n > 3000 ? 4 : n > 800 ? 6 : 8, line:{width:0}}, paint(c, m.group, j === t.maps.length-1));
     const label = t.names[m.group].map((s, i) => s + (c.values[m.group] && c.kind !== 'rgb' ? '<br>' + c.name + ': ' + c.values[m.group][i] : ''));
@@ -243,11 +350,9 @@ function draw() {
       layout({title:{text:m.title, x:.02, font:{size:13}}, xaxis:bare, yaxis:Object.assign({scaleanchor:'x'}, bare), dragmode:'lasso',
         uirevision:state.tissue + '-' + j}), config);
   });
-  $('legend').innerHTML = '';
   if (c.kind === 'category') levels(c).forEach((k, i) => { const s = document.createElement('span'), dot = document.createElement('i');
     dot.style.background = palette[i % palette.length]; s.append(dot, k); $('legend').append(s); });
-  $('notes').textContent = t.notes.join(' ') + (c.kind === 'rgb' ? ' Colour tells where a cell ' +
-    (t.maps.length > 1 && t.maps[0].group === 0 ? 'truly is.' : 'was put.') : '');
+  if (c.kind === 'rgb') $('notes').textContent += ' Colour tells where a cell ' + (t.maps.length > 1 && t.maps[0].group === 0 ? 'truly is.' : 'was put.');
 }
 """
 
@@ -308,13 +413,15 @@ _SECTIONS = {
     "solve": ("Global solve", "Stress is the share of stitched distances that no flat map can satisfy; below 0.1 is very good, above 0.4 poor."),
 }
 _READING = """<p>A reconstruction has no north, no mirror side and no unit: only distances between cells carry meaning. Compare patterns,
-not coordinates.</p><p><b>Spearman</b> and <b>Pearson</b> compare all pairwise distances; <b>Stress-1</b> is their relative misfit at the best
+not coordinates.</p><p>Cells with low confidence lie in patches that disagree: look at the map coloured by confidence before believing a detail.</p>"""
+_READING_SCORES = """<p><b>Spearman</b> and <b>Pearson</b> compare all pairwise distances; <b>Stress-1</b> is their relative misfit at the best
 scale; <b>ROC-AUC</b> and <b>bAP</b> ask whether true neighbours are close; <b>Shell-F1</b> sorts pairs into distance classes;
 <b>Trust@20</b> punishes false neighbours and <b>Cont@20</b> torn ones; <b>SWD</b> and <b>W1</b> compare overall shape and crowding, and a random
-layout can look good in them, so judge by the <b>mean rank</b> over all ten. Arrows show which way is better.</p>
-<p><b>smoothed_knn20</b> is the plain method to beat: each cell is averaged with its expression neighbours and put among its 20 best matching
+layout can look good in them. Arrows show which way is better.</p>"""
+_READING_RANKS = """<p>No single number decides: judge by the <b>mean rank</b> over all ten.
+<b>smoothed_knn20</b> is the plain method to beat: each cell is averaged with its expression neighbours and put among its 20 best matching
 spots. <b>random</b> is the floor. <b>nearest_spot</b>, where present, is an oracle that knows the truth: no method that places cells on spots can
-pass it.</p><p>Cells with low confidence lie in patches that disagree: look at the map coloured by confidence before believing a detail.</p>"""
+pass it.</p>"""
 
 # %% ../../nbs/runs/03_report.ipynb #9bc035b6
 def _diagnostic_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
@@ -324,10 +431,10 @@ def _diagnostic_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
         blocks = [(name, d[key]) for name, d in diagnostics.items() if d.get(key)]
         if blocks:
             out += f"<h2>{title}</h2><p class=soft>{explanation}</p>"
-            out += "".join(f"<h3>{html.escape(name)}</h3>{_two_columns(v if isinstance(v, Mapping) else {'value': v})}" for name, v in blocks)
+            out += "".join(f"<h3>{html.escape(name)}</h3>{facts(v if isinstance(v, Mapping) else {'value': v})}" for name, v in blocks)
     configs = {name: d["config"] for name, d in diagnostics.items() if d.get("config")}
     first = next(iter(configs.values()), None)
-    return out + (f"<h2>Settings</h2><details><summary>all settings of this run</summary>{_two_columns(first)}</details>" if first else "")
+    return out + (f"<h2>Settings</h2><details><summary>all settings of this run</summary>{facts(first, own_names=True)}</details>" if first else "")
 
 
 def _warning_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
@@ -337,19 +444,26 @@ def _warning_html(diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
     return "<h2>Warnings</h2><ul>" + "".join(f"<li class=warn>{html.escape(w)}</li>" for w in lines) + "</ul>"
 
 # %% ../../nbs/runs/03_report.ipynb #d9601f5d
-def _embed(data: Any) -> str:
-    """JSON for a script element: no NaN, and no `<` that could end the element."""
-    return json.dumps(plain(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+def _unplaced_html(views: Sequence[TissueView]) -> str:
+    """How many cells have no position, and why."""
+    blocks = "".join(f"<h3>{html.escape(v.name)}</h3>" + _rows_html([{"reason": reason, "cells": count} for reason, count in v.unplaced.items()]) for v in views if v.unplaced)
+    return f"<h2>Cells without a position</h2>{blocks}" if blocks else ""
 
 
-def _body(title: str, subtitle: str, views: Sequence[TissueView], scores: Mapping[str, Sequence[Mapping[str, Any]]],
+def _reading(scores: Mapping[str, Sequence[Mapping[str, Any]] | str]) -> str:
+    """How to read the page, as far as it is there."""
+    tables = [rows for rows in scores.values() if rows and not isinstance(rows, str)]
+    return "<h2>How to read this</h2>" + _READING + (_READING_SCORES if tables else "") + (_READING_RANKS if any(map(_ranked, tables)) else "")
+
+
+def _body(title: str, subtitle: str, views: Sequence[TissueView], scores: Mapping[str, Sequence[Mapping[str, Any]] | str],
           risk: Sequence[Any], curves: Sequence[Mapping[str, Any]], diagnostics: Mapping[str, Mapping[str, Any]]) -> str:
     """The visible part of the page."""
     parts = [f"<h1>{html.escape(title)}</h1><p class=soft>{html.escape(subtitle)}</p>", _warning_html(diagnostics)]
     if views:
         parts.append("<h2>Maps</h2><div class=controls><label>tissue <select id=tissue></select></label><label>colour <select id=colour></select></label>"
                      "<button id=clear>clear selection</button><span class=soft>drag a lasso in one map to find the same cells in the other</span></div>"
-                     "<div class=maps id=maps></div><div class=legend id=legend></div><p class=soft id=notes></p>")
+                     "<div class=maps id=maps></div><div class=legend id=legend></div><p class=soft id=notes></p>" + _unplaced_html(views))
     if scores:
         parts.append("<h2>Scores</h2>" + "".join(f"<h3>{html.escape(n)}</h3>{_score_html(rows)}" for n, rows in scores.items()))
     if risk:
@@ -357,30 +471,27 @@ def _body(title: str, subtitle: str, views: Sequence[TissueView], scores: Mappin
                      "that rises to the right means: surer cells are better placed. A flat one: the confidence knows nothing.</p><div class=chart id=risk></div>")
     if curves:
         parts.append("<h2>Training</h2>" + "".join(f"<h3>{html.escape(c['name'])}</h3><div class=chart id=curve{i}></div>" for i, c in enumerate(curves)))
-    return "".join([*parts, _diagnostic_html(diagnostics), "<h2>How to read this</h2>", _READING])
+    return "".join([*parts, _diagnostic_html(diagnostics), _reading(scores)])
 
 # %% ../../nbs/runs/03_report.ipynb #6149633c
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>{title}</title><style>{style}</style></head><body>{body}<footer>{footer}</footer>
-<script type="application/json" id="gears-data">{data}</script><script>{plotly}</script><script>{script}</script></body></html>"""
+def render_report(title: str, views: Sequence[TissueView] = (), *, subtitle: str = "", scores: Mapping[str, Sequence[Mapping[str, Any]] | str] | None = None,
+                  risk: Mapping[str, RiskCurve] | None = None, histories: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+                  diagnostics: Mapping[str, Mapping[str, Any]] | None = None, footer: str = "") -> str:
+    """The text of the self-contained HTML report (about 2 MB, most of it plotly); nothing is written.
 
-
-def write_report(path: str | Path, title: str, views: Sequence[TissueView] = (), *, subtitle: str = "",
-                 scores: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, risk: Mapping[str, RiskCurve] | None = None,
-                 histories: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-                 diagnostics: Mapping[str, Mapping[str, Any]] | None = None, footer: str = "") -> Path:
-    """Write the self-contained HTML report (about 5 MB, most of it plotly) atomically and return its path.
-
-    scores: score rows per tissue; risk: `benchmark.compare.risk_coverage` per tissue; histories: training rows per module;
-    diagnostics: `.uns['gears']` per tissue. Every part may be absent; its section is then left out.
+    views: one per tissue or section; scores: score rows per tissue, or a sentence why there are none; risk: `benchmark.compare.risk_coverage` per tissue;
+    histories: training rows per module; diagnostics: `.uns['gears']` per tissue. Every part may be absent; its section is then left out.
     """
-    from plotly.offline import get_plotlyjs
     curves = [c for name, rows in (histories or {}).items() if (c := curve(name, rows))]
     lines = [{"name": n, "x": list(r.coverage), "y": list(r.risk)} for n, r in (risk or {}).items()]
-    data = {"tissues": [vars(v) for v in views], "curves": curves, "risk": lines, "palette": PALETTE}
-    text = _PAGE.format(title=html.escape(title), style=css_variables() + _STYLE, data=_embed(data), plotly=get_plotlyjs(), script=_SCRIPT_MAPS + _SCRIPT_PAGE,
-                        body=_body(title, subtitle, views, scores or {}, lines, curves, diagnostics or {}), footer=html.escape(footer))
+    data = plain({"tissues": [vars(v) for v in views], "curves": curves, "risk": lines, "palette": PALETTE})
+    return page(title, _body(title, subtitle, views, scores or {}, lines, curves, diagnostics or {}), style=_STYLE, data=data,
+                scripts=[_SCRIPT_MAPS + _SCRIPT_PAGE], libraries=[plotly_source()], footer=footer)
+
+
+def write_report(path: str | Path, title: str, views: Sequence[TissueView] = (), **parts: Any) -> Path:
+    """Write the report of `render_report`, which takes the same `parts`, atomically, and return its path."""
+    text = render_report(title, views, **parts)
     with atomic_path(path) as tmp:
         Path(tmp).write_text(text, encoding="utf-8")
     return Path(path)
