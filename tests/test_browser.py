@@ -341,6 +341,12 @@ def test_explore_in_voila(run, runs, browser, tmp_path):
         page.close()
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 2                           # voila and a kernel
+        token = address.partition("token=")[2]
+        told = b" ".join(Path(f"/proc/{p.pid}/cmdline").read_bytes() for p in [psutil.Process(process.pid), *family])
+        assert len(token) >= 16 and b"voila" in told and token.encode() not in told    # other users of the machine see command lines
+        (folder,) = tmp_path.iterdir()
+        holders = [f for f in folder.rglob("*") if f.is_file() and not f.is_symlink() and f.stat().st_size < 10**5 and token.encode() in f.read_bytes()]
+        assert folder.stat().st_mode & 0o077 == 0 and [f.name for f in holders] and all(f.stat().st_mode & 0o077 == 0 for f in holders)
     finally:
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=120)
@@ -350,6 +356,30 @@ def test_explore_in_voila(run, runs, browser, tmp_path):
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_browser_is_led_by_a_private_file(run, browser, monkeypatch, tmp_path, capsys):
+    """What is handed to the browser is a file that only its owner can read; it leads to the explorers."""
+    import webbrowser
+
+    from gears_nb.attention.explore import serve
+    seen = {}
+
+    def open_it(url):
+        path = Path(url.removeprefix("file://"))
+        seen.update(url=url, mode=path.stat().st_mode & 0o777, home=path.parent.stat().st_mode & 0o777)
+        page = opened(browser)
+        page.goto(url)
+        page.wait_for_url("http://127.0.0.1:*/**")
+        seen["landed"] = page.url
+        page.close()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", open_it)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    serve(run / "ST3.h5ad")
+    assert "token" not in seen["url"] and (seen["mode"], seen["home"]) == (0o600, 0o700) and seen["landed"].startswith("http://127.0.0.1:")
+    assert seen["landed"].split("?")[0] in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_explore_can_be_terminated(run, tmp_path):

@@ -1,5 +1,4 @@
 """What a widget is given and what it must show: payloads, marks, states, exported pages; and the browser's marks against Python's."""
-import base64
 import json
 import math
 import random
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gears_nb.attention.browser import chromium, watch_network, why_no_browser
-from gears_nb.attention.export import POLICY, page, to_json, write_html
+from gears_nb.attention.export import page, write_html
 from gears_nb.attention.trace import AttentionTrace, step_size, values
 from gears_nb.attention.views import (
     MARKS,
@@ -38,6 +37,7 @@ from gears_nb.attention.views import (
 from gears_nb.attention.widgets import attention_explorer, distortion_map, gate_explorer, recycle_player, reconstruction_explorer, script, stylesheet
 from gears_nb.core.errors import InputError
 from gears_nb.core.gauge import gauge_fix, procrustes
+from gears_nb.core.page import POLICY, contents, squeeze
 from gears_nb.core.style import THEMES, contrast, css_variables
 
 
@@ -288,18 +288,17 @@ def test_a_page_holds_everything_and_says_so(tmp_path):
     e = attention_explorer(traces, query=3)
     path = e.export(tmp_path / "page.html")
     text = path.read_text(encoding="utf-8")
-    (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
-    read = json.loads(data)
+    (read,) = contents(text)["data"]
     assert POLICY in text and "default-src 'none'" in POLICY and set(read["payload"]["minisets"]) == set(traces) and read["state"]["query"] == 3
     sent = read["payload"]["minisets"]["other"]["graphs"]["H-gate"]["values"]["qk"]
-    assert base64.b64decode(sent["bytes"]) == e.data("other")["graphs"]["H-gate"]["values"]["qk"]["bytes"]
+    assert sent["bytes"] == e.data("other")["graphs"]["H-gate"]["values"]["qk"]["bytes"]
     assert not re.findall(r"<(?:link|img|iframe|script[^>]*src)\b", re.sub(r"<script.*?</script>", "", text, flags=re.S))
     assert page([e], "<i>title</i>").count("<title>&lt;i&gt;title&lt;/i&gt;</title>") == 1
     with pytest.raises(InputError, match="use .html"):
         write_html([e], tmp_path / "page.txt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html"]
     with pytest.raises(TypeError):
-        to_json({"a": object()})
+        squeeze({"a": object()})
 
 
 def test_themes_have_the_same_roles_and_can_be_read():

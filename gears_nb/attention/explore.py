@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
 import secrets
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .trace import AttentionTrace, load_trace, record, save_trace
-from ..core.errors import InputError
+from ..core.errors import InputError, option
+from ..core.page import page as whole_page
 from ..core.store import Store
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MOST', 'reconstructions', 'model_folder', 'true_places', 'records', 'keep_records', 'kept_records', 'Found', 'gather',
            'explorers_of', 'what_to_explore', 'export_page', 'free_port', 'server', 'jupyter_env', 'write_notebook',
-           'stage', 'voila', 'serve']
+           'stage', 'private_file', 'leading_to', 'voila', 'serve']
 
 # %% ../../nbs/attention/08_explore.ipynb #50d8bddc
 MOST = 4
@@ -60,7 +62,7 @@ def reconstructions(source: Path) -> list[Path]:
         if source.suffix.lower() != ".h5ad":
             raise InputError(source, "file", "is not an .h5ad", "give what `gears reconstruct` wrote, or the folder of a run")
         if not _placed(source):
-            raise InputError(source, "obsm['X_gears']", "is missing: no reconstruction in this file", "make one with `gears reconstruct --out`")
+            raise InputError(source, "obsm['X_gears']", "is missing: no reconstruction in this file", "make one with `gears reconstruct`")
         return [source]
     if not source.is_dir():
         raise InputError(source, "SOURCE", "there is no such file or folder", "check the spelling and the working directory")
@@ -78,7 +80,7 @@ def model_folder(source: Path, model_dir: str | Path | None = None) -> Path | No
         if Store(place).has("gears"):
             return place
     if model_dir is not None:
-        raise InputError(model_dir, "--model-dir", "holds no saved model", "give the folder that `gears reconstruct --model-dir` wrote")
+        raise InputError(model_dir, "folder", "holds no saved model", f"give {option('model_dir')} the folder in which a reconstruction kept its model")
     return None
 
 
@@ -178,7 +180,7 @@ def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, 
     from gears_nb.reconstruct.facade import Gears
     from gears_nb.structure.rungs import Ladder
     if place is None:
-        return ["no saved model: attention is not shown (--model-dir DIR names one)"]
+        return [f"no saved model: attention is not shown ({option('model_dir', 'DIR')} names one)"]
     model, remarks = Gears.load(place), []
     member = model.fitted.models[0]
     if not isinstance(member, Ladder):
@@ -187,7 +189,7 @@ def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, 
         if _made_by(table, model):
             traces |= records(member, table, name, shares=model.config.structure.global_fraction, k=model.config.targets.k, seed=seed)
         elif named:
-            raise InputError(place, "--model-dir", f"is not the model that placed {name}: settings or embedding length differ", "give the folder that was named when the cells were placed")
+            raise InputError(place, "folder", f"is not the model that placed {name}: settings or embedding length differ", f"give {option('model_dir')} the folder that was named when the cells were placed")
         else:
             remarks.append(f"the model in {place} did not place {name}: its attention is not shown")
     return remarks
@@ -317,6 +319,19 @@ def stage(found: Found, folder: Path, title: str) -> Path:
     return write_notebook(folder / "explore.ipynb", [("markdown", f"# {title}"), ("code", show)])
 
 # %% ../../nbs/attention/08_explore.ipynb #21780544
+def private_file(path: Path, text: str) -> Path:
+    "Write a new file that only its owner can read, from its first moment."
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+def leading_to(url: str) -> str:
+    "The text of a page that leads to `url` by itself."
+    there = html.escape(url)
+    return whole_page("gears explore", f'<meta http-equiv="refresh" content="0; url={there}"><p><a href="{there}">To the explorers</a></p>')
+
+
 @contextlib.contextmanager
 def voila(notebook: Path, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
     "Serve a notebook's outputs on this machine while the context lasts: its address, token included, and the server process."
@@ -326,7 +341,8 @@ def voila(notebook: Path, port: int | None = None) -> Iterator[tuple[str, subpro
     template.mkdir(parents=True)
     (template / "index.html.j2").write_text(_TEMPLATE, encoding="utf-8")
     (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
-    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0", f"--token={token}", "--template=gears", "--show_tracebacks=True"]
+    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0", "--template=gears", "--show_tracebacks=True"]
+    private_file(Path(env["JUPYTER_CONFIG_DIR"]) / "voila.json", json.dumps({"Voila": {"token": token}}))
     with server(command, port, home / "log", env) as process:
         yield f"http://127.0.0.1:{port}/?token={token}", process
 
@@ -353,9 +369,9 @@ def serve(source: str | Path, model_dir: str | Path | None = None, seed: int = 0
     Leaves no process and no file. Raises `InputError` for what `what_to_explore` refuses and for a port in use."""
     import webbrowser
     if port is not None and not 0 < port < 65536:
-        raise InputError("gears explore", "--port", f"{port} is no port", "choose one between 1024 and 65535, or leave --port out for a free one")
+        raise InputError("gears explore", "port", f"{port} is no port", f"choose one between 1024 and 65535, for example {option('port', 8866)}, or none to get a free one")
     if port is not None and _listens(port):
-        raise InputError("gears explore", "--port", f"{port} is in use", "choose another, or leave --port out for a free one")
+        raise InputError("gears explore", "port", f"{port} is in use", f"choose another, for example {option('port', port + 1)}, or none to get a free one")
     with _until_stopped(), tempfile.TemporaryDirectory(prefix="gears-explore-") as folder:
         found = gather(source, model_dir, seed)
         for remark in found.remarks:
@@ -363,6 +379,6 @@ def serve(source: str | Path, model_dir: str | Path | None = None, seed: int = 0
         with voila(stage(found, Path(folder), Path(source).name), port) as (url, process):
             print(f"{url}  (Ctrl-C ends it)", flush=True)
             if browser:
-                webbrowser.open(url)
+                webbrowser.open(private_file(Path(folder) / "open.html", leading_to(url)).as_uri())
             process.wait()
             raise RuntimeError("voila ended by itself: " + (Path(folder) / ".voila" / "log").read_text(errors="replace").strip()[-300:])

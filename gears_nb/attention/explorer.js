@@ -12,18 +12,11 @@
 
 const TYPES = { float32: Float32Array, float64: Float64Array, int32: Int32Array, uint16: Uint16Array, uint8: Uint8Array };
 
-/** The numbers of a packed array as a typed array, kept beside it for the next call. Bytes come as a DataView (kernel) or as base64 (page). */
+/** The numbers of a packed array as a typed array, kept beside it for the next call. Bytes are a view of a larger buffer, from the kernel or from a page. */
 function numbers(packed) {
   if (!packed.numbers) {
-    let bytes = packed.bytes;
-    if (typeof bytes === "string") {
-      const text = atob(bytes);
-      bytes = new Uint8Array(text.length);
-      for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-    } else {
-      bytes = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength).slice();   // aligned for any type
-    }
-    packed.numbers = new TYPES[packed.dtype](bytes.buffer);
+    const { buffer, byteOffset, byteLength } = packed.bytes;
+    packed.numbers = new TYPES[packed.dtype](new Uint8Array(buffer, byteOffset, byteLength).slice().buffer);   // aligned for any type
   }
   return packed.numbers;
 }

@@ -5,58 +5,32 @@
 # %% ../../nbs/attention/07_export.ipynb #6f137856
 from __future__ import annotations
 
-import base64
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .widgets import Explorer, plotly_source, script, stylesheet
 from ..core.errors import InputError
+from ..core.page import page as whole_page
 from ..core.store import atomic_path
-from ..core.style import css_variables
 
 # %% auto #0
-__all__ = ['POLICY', 'to_json', 'inline', 'page', 'write_html']
-
-# %% ../../nbs/attention/07_export.ipynb #a2a5ab03
-def to_json(value: Any) -> str:
-    "JSON that may stand inside a `<script>`: bytes as base64, and no `<` that could end it."
-    def text(x: Any) -> str:
-        if isinstance(x, bytes):
-            return base64.b64encode(x).decode()
-        raise TypeError(f"cannot write a {type(x).__name__} into a page")
-    return json.dumps(value, default=text, allow_nan=False).replace("<", "\\u003c")
-
-
-def inline(source: str) -> str:
-    "JavaScript that may stand inside a `<script>`: `</script` and `<!--` in its strings are written so that they mean the same."
-    return source.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+__all__ = ['page', 'write_html']
 
 # %% ../../nbs/attention/07_export.ipynb #394ac547
-POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
-"Content security policy of an exported page: whatever its scripts try, the browser loads nothing from anywhere."
-
-_PAGE_STYLE = """body { margin:0 auto; padding:1.5rem; max-width:1280px; background:var(--paper); color:var(--ink); font:15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif }
-h1 { font-size:1.5rem; margin:0 0 1rem } .view { margin:0 0 1.2rem } noscript { color:var(--query) }"""
+_STYLE = "body { max-width:1280px } h1 { font-size:1.5rem; margin:0 0 1rem } .view { margin:0 0 1.2rem }\n"
+_SCRIPT = """
+const views = await globalThis.gearsPage;
+globalThis.__gears_plotly = Plotly;
+views.forEach(({ payload, state }, i) => mount(document.getElementById('view-' + i), payload, state));
+"""
 
 
 def page(explorers: Sequence[Explorer], title: str) -> str:
     "The text of a page with `explorers`, all their minisets and all scripts inside."
     views = [{"payload": e.packed(), "state": dict(e.state)} for e in explorers]
-    parts = [
-        "<!doctype html><html lang=en><head><meta charset=utf-8>",
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{css_variables()}{_PAGE_STYLE}\n{stylesheet()}</style></head><body><h1>{html.escape(title)}</h1>",
-        "<noscript>This page draws with JavaScript, which is turned off.</noscript>", *(f'<div class=view id="view-{i}"></div>' for i in range(len(views))),
-        f"<script>{inline(plotly_source())}</script><script>globalThis.__gears_plotly = Plotly;</script>",
-        *(f'<script type="application/json" id="data-{i}">{to_json(v)}</script>' for i, v in enumerate(views)),
-        f"<script type=module>{inline(script())}\n",
-        "for (let i = 0, text; (text = document.getElementById('data-' + i)); i++) { const { payload, state } = JSON.parse(text.textContent); mount(document.getElementById('view-' + i), payload, state); }",
-        "</script></body></html>\n"]
-    return "".join(parts)
-
+    body = f"<h1>{html.escape(title)}</h1>" + "".join(f'<div class=view id="view-{i}"></div>' for i in range(len(views)))
+    return whole_page(title, body, style=_STYLE + stylesheet(), data=views, scripts=[script() + _SCRIPT], libraries=[plotly_source()])
 
 
 def write_html(explorers: Sequence[Explorer], path: str | Path, title: str = "gears explorer") -> Path:
@@ -68,6 +42,7 @@ def write_html(explorers: Sequence[Explorer], path: str | Path, title: str = "ge
         raise InputError("write_html", "explorers", "is empty", "pass at least one explorer")
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(path, "file name", f"ends in {path.suffix or 'nothing'}", "use .html")
+    text = page(explorers, title)
     with atomic_path(path) as tmp:
-        Path(tmp).write_text(page(explorers, title), encoding="utf-8")
+        Path(tmp).write_text(text, encoding="utf-8")
     return path

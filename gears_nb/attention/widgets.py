@@ -19,13 +19,14 @@ from fastcore.basics import patch
 from .trace import AttentionTrace
 from .views import MARKS, TITLES, VIEWS, check_traces, distortion_view, fit_state, layout_energies, reconstruction_view, start
 from ..core.errors import InputError
+from ..core.page import plotly_source
 from ..core.style import THEMES
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['Traces', 'script', 'stylesheet', 'plotly_source', 'Explorer', 'attention_explorer', 'recycle_player', 'gate_explorer',
+__all__ = ['Traces', 'script', 'stylesheet', 'Explorer', 'attention_explorer', 'recycle_player', 'gate_explorer',
            'reconstruction_explorer', 'distortion_map']
 
 # %% ../../nbs/attention/06_widgets.ipynb #96dc1bf4
@@ -37,13 +38,6 @@ def script() -> str:
 def stylesheet() -> str:
     "Source of its stylesheet, `explorer.css`."
     return (files("gears_nb.attention") / "explorer.css").read_text(encoding="utf-8")
-
-
-def plotly_source() -> str:
-    "Plotly's own source, as it came with the Python package: nothing is fetched from a network."
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()
 
 # %% ../../nbs/attention/06_widgets.ipynb #e184ddf6
 Traces = Mapping[str, Mapping[str, AttentionTrace]]
