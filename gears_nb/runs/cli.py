@@ -333,12 +333,18 @@ _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate"
              "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
-def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
-    """Print our warnings as one line; leave all others to Python's own format."""
-    if issubclass(category, GearsWarning):
-        print(f"warning: {message}", file=sys.stderr)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+def _teller() -> Callable[..., None]:
+    """What prints warnings: ours as one line, each once; all others in Python's own format."""
+    told: set[str] = set()
+
+    def say(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+        if not issubclass(category, GearsWarning):
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+        elif str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    return say
 
 
 class _Terminated(KeyboardInterrupt):
@@ -351,7 +357,7 @@ def _terminate(*_: Any) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `gears`; returns the exit code (see `gears --help`). GEARS_DEBUG=1 shows tracebacks."""
-    warnings.showwarning = _say_warning
+    warnings.showwarning = _teller()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     with speaking("shell"):
