@@ -87,13 +87,13 @@ TABLES: dict[str, tuple[Callable[[], ad.AnnData], str, str]] = {
     "negative dense": (lambda: set_value(-2.0, False), "X", "negative"),
     "NaN coordinate": (lambda: coordinates_with(np.nan), "obsm['spatial']", "1 spots (spot5)"),
     "infinite coordinate": (lambda: coordinates_with(np.inf), "obsm['spatial']", "1 spots (spot5)"),
-    "three coordinates": (lambda: with_spatial(np.zeros((20, 3))), "obsm['spatial']", "(20, 3)"),
+    "three coordinates": (lambda: with_spatial(np.arange(60.0).reshape(20, 3)), "obsm['spatial']", "(20, 3)"),
     "one point": (lambda: with_spatial(np.ones((20, 2))), "obsm['spatial']", "one point"),
     "not counts": (log_normalised, "X", "not whole numbers"),
     "repeated barcode": (lambda: renamed("obs"), "obs_names (barcodes)", "spot0"),
     "repeated gene": (lambda: renamed("var"), "var_names (genes)", "Gene0"),
-    "few spots": (slide, "obs", "20 spots, fewer than a miniset of 96"),
-    "few spots in one section": (small_section, "obs['slide'] == ", "spots, fewer than a miniset of 96"),
+    "few spots": (slide, "obs", "20 spots, at least 96 are needed (one training piece)"),
+    "few spots in one section": (small_section, "obs['slide'] == ", "spots, at least 96 are needed (one training piece)"),
     "no genes": (lambda: slide()[:, :0].copy(), "X", "is empty"),
 }
 
@@ -279,7 +279,7 @@ def test_empty_cells_and_constant_genes_are_dropped_and_remembered(sparse: bool)
 def test_a_slide_that_falls_below_the_miniset_after_dropping_is_refused():
     adata = slide(sparse=False)
     adata.X[0] = 0
-    with pytest.warns(GearsWarning), pytest.raises(InputError, match="19 spots, fewer than a miniset of 20"):
+    with pytest.warns(GearsWarning), pytest.raises(InputError, match="19 spots, at least 20 are needed"):
         validate_slide(adata, "A.h5ad", min_spots=20)
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from ..core.errors import GearsWarning, InputError
+from ..core.errors import GearsWarning, InputError, option
+from .sections import SECTION_COLUMNS, section_labels
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['check_names', 'check_values', 'fractional_share', 'check_counts', 'coordinates', 'check_spatial', 'Report', 'check',
-           'validate_slide', 'validate_cells']
+__all__ = ['PLANES', 'SENTINELS', 'MISSING', 'PLACEHOLDER', 'FAR', 'EMPTY', 'MAX_UNUSABLE', 'check_names', 'check_values',
+           'fractional_share', 'check_counts', 'Positions', 'positions', 'coordinates', 'check_spatial', 'rescaled',
+           'Report', 'check', 'validate_slide', 'validate_cells']
 
 # %% ../../nbs/data/02_validate.ipynb #5b5f81ea
 def _some(names: Sequence, limit: int = 5) -> str:
@@ -74,10 +77,11 @@ def check_values(adata: AnnData, source: str) -> None:
 
 # %% ../../nbs/data/02_validate.ipynb #9eae6f6d
 def _counts_hint(adata: AnnData) -> str:
-    """Where the counts may be hiding in this table."""
-    hidden = [f"layers['{name}']" for name in adata.layers if "count" in name.lower() or "raw" in name.lower()]
-    hidden += ["adata.raw"] if adata.raw is not None else []
-    return f" (this file has {' and '.join(hidden)})" if hidden else ""
+    """Where the counts may be hiding in this table, and how to take them from there."""
+    named = [name for name in adata.layers if "count" in name.lower() or "raw" in name.lower()]
+    hidden = [f"layers['{name}'] may hold them: {option('layer', name)}" for name in named]
+    hidden += [f"adata.raw may hold them: {option('layer', 'raw')}"] if adata.raw is not None else []
+    return f" ({'; '.join(hidden)})" if hidden else ""
 
 # %% ../../nbs/data/02_validate.ipynb #58bc3ef0
 def fractional_share(X: Any, tolerance: float = 1e-3, chunk: int = 2**22) -> float:
@@ -98,54 +102,258 @@ def check_counts(adata: AnnData, source: str, *, tolerance: float = 1e-3, allowe
     share = fractional_share(adata.X, tolerance)
     if share > allowed:
         problem = f"counts are needed, but {share:.1%} of the non-zero values are not whole numbers"
-        raise InputError(source, "X", problem, "give raw counts" + _counts_hint(adata) + ", or counts=False to use scaled values as they are")
+        scaled = f", or {option('counts', False)} to use scaled values as they are"
+        raise InputError(source, "X", problem, "give raw counts" + _counts_hint(adata) + scaled)
 
 # %% ../../nbs/data/02_validate.ipynb #966a95a5
-def _slides(adata: AnnData, key: str = "slide") -> np.ndarray:
-    """Slide label of each cell (n,) as text; one empty label if there is no such column."""
-    return adata.obs[key].astype(str).to_numpy() if key in adata.obs else np.full(adata.n_obs, "")
+PLANES = {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2)}
+"Columns of three-dimensional positions, by the name of the plane."
 
 
-def coordinates(adata: AnnData, source: str) -> np.ndarray:
-    """`obsm['spatial']` as (n, 2) float64, or an `InputError` that says what is wrong with it."""
-    field = "obsm['spatial']"
-    if "spatial" not in adata.obsm:
+def _numbers(raw: Any) -> np.ndarray | None:
+    """Numbers as an array of their own type (object: float64), None for anything else (text, truth values, dates)."""
+    raw = raw.toarray() if sp.issparse(raw) else raw
+    if hasattr(raw, "notna"):  # a DataFrame; missing entries of nullable columns become NaN
+        plain = all(isinstance(kind, np.dtype) for kind in raw.dtypes)
+        raw = raw.to_numpy() if plain else raw.astype(object).where(raw.notna(), np.nan).to_numpy()
+    raw = np.asarray(raw)
+    if raw.dtype.kind == "O":
+        if not all(v is None or (isinstance(v, Real) and not isinstance(v, bool)) for v in raw.ravel()):
+            return None
+        raw = raw.astype(np.float64)
+    return raw if raw.dtype.kind in "fiu" else None
+
+
+def _columns(adata: AnnData, source: str, key: str) -> np.ndarray:
+    """`obsm[key]` as numbers (n, 2) or (n, 3), or an `InputError`."""
+    field, shape = f"obsm['{key}']", f"({adata.n_obs}, 2)"
+    if key not in adata.obsm:
         present = f" (obsm has {_some(list(adata.obsm))})" if len(adata.obsm) else ""
         raise InputError(source, field, f"is missing{present}", "store x and y of every spot there, or pass this file as cells")
-    try:
-        C = np.asarray(adata.obsm["spatial"], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(source, field, "holds values that are not numbers", "store x and y as numbers") from error
-    if C.ndim != 2 or C.shape[1] != 2:
-        raise InputError(source, field, f"has shape {C.shape}, not ({adata.n_obs}, 2)", "keep two columns, x and y")
-    bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
-    if len(bad):
-        raise InputError(source, field, f"NaN or infinite for {len(bad)} spots ({_some(adata.obs_names[bad])})", "drop these spots")
+    C = _numbers(adata.obsm[key])
+    if C is None:
+        raise InputError(source, field, "holds values that are not numbers", "store x and y as numbers")
+    if C.ndim != 2 or len(C) != adata.n_obs or C.shape[1] not in (2, 3):
+        one = "one column, x and y are needed" if C.shape[1:] == (1,) else f"shape {C.shape}, not {shape}"
+        raise InputError(source, field, f"has {one}", "store two columns, x and y, one row per spot")
     return C
 
-# %% ../../nbs/data/02_validate.ipynb #e83871fa
-def check_spatial(adata: AnnData, source: str, *, min_spots: int = 3) -> list[str]:
-    """Check coordinates slide by slide; returns warnings (stacked spots). `min_spots`: spots each slide needs (a miniset)."""
-    C, labels = coordinates(adata, source), _slides(adata)
-    stacked = 0
-    for label in np.unique(labels):
-        own = C[labels == label]
-        where = f"obs['slide'] == '{label}'" if label else "obs"
-        if len(own) < min_spots:
-            remedy = "drop this slide, or lower the miniset size"
-            raise InputError(source, where, f"{len(own)} spots, fewer than a miniset of {min_spots}", remedy)
-        if (np.ptp(own, axis=0) == 0).all():
-            raise InputError(source, "obsm['spatial']", f"all {len(own)} spots lie in one point", "give measured positions")
-        stacked += len(own) - len(np.unique(own, axis=0))
-    return [f"{source}: obsm['spatial']: {stacked} spots share their position with another spot"] if stacked else []
+# %% ../../nbs/data/02_validate.ipynb #630cb700
+def _flat(depth: np.ndarray, labels: np.ndarray) -> bool:
+    """Is `depth` (n,) constant within each of the `labels` (n,)? Missing values do not count."""
+    known = np.isfinite(depth)
+    return all(len(np.unique(depth[known & (labels == label)])) < 2 for label in dict.fromkeys(labels))
+
+
+def _in_plane(C: np.ndarray, source: str, field: str, plane: str | None, labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Two of the columns of `C` (n, 2 or 3), and a note if one was left out."""
+    if plane is not None and plane not in PLANES:
+        raise InputError(source, "plane", f"there is no {plane!r}", "use " + " or ".join(option("plane", name) for name in PLANES))
+    if C.shape[1] == 2:
+        if plane not in (None, "xy"):
+            raise InputError(source, field, f"has two columns, so no plane {plane}", "leave the plane out")
+        return C, []
+    if plane is not None:
+        return C[:, PLANES[plane]], []
+    if _flat(C[:, 2], labels):
+        return C[:, :2], [f"{source}: {field}: third column left out, it is constant"]
+    low, high = np.nanmin(C[:, 2]), np.nanmax(C[:, 2])
+    problem = f"has shape {C.shape}, and the third column varies ({low:.4g} to {high:.4g})"
+    raise InputError(source, field, problem, "name the plane of the section: " + " or ".join(option("plane", name) for name in PLANES))
+
+# %% ../../nbs/data/02_validate.ipynb #467d7d2b
+SENTINELS = (0.0, -1.0, -9.0, -99.0, -999.0, -9999.0)
+"Values that programs write into both columns where a position is unknown."
+
+
+def _places(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number of each row's place (n,), and rows per place; equal rows of `xy` (n, 2) share a place."""
+    order = np.lexsort(xy.T)
+    fresh = np.r_[True, (xy[order][1:] != xy[order][:-1]).any(1)]
+    place = np.empty(len(xy), dtype=np.int64)
+    place[order] = np.cumsum(fresh) - 1
+    return place, np.bincount(place)
+
+
+def _crowd_size(count: np.ndarray) -> float:
+    """Least occupancy of a place that no measurement explains, given all of them (p,); infinite if there is none."""
+    median, usual = np.median(count), np.quantile(count, 0.95, method="lower")
+    steps = np.unique(count)
+    for low, high in zip(steps, steps[1:]):
+        rare = (count >= high).sum() <= max(1, 0.05 * len(count))
+        if high >= 3 * low and rare and (usual == 1 or high >= 10 * median):
+            return float(high)
+    return np.inf
+
+
+def _placeholders(xy: np.ndarray) -> np.ndarray:
+    """(n,) bool: does the row of `xy` (n, 2) lie in a crowd?"""
+    place, count = _places(xy)
+    written = (xy[:, 0] == xy[:, 1]) & np.isin(xy[:, 0], SENTINELS)
+    if len(count) == 1:
+        return np.full(len(xy), len(xy) >= 3 or (len(xy) == 2 and bool(written.all())))
+    usual = np.quantile(count, 0.95, method="lower")
+    least = np.where(written, 2 if usual == 1 else 3 * usual, np.inf)
+    return count[place] >= np.minimum(least, _crowd_size(count))
+
+# %% ../../nbs/data/02_validate.ipynb #9c5f42ca
+def _far(xy: np.ndarray, limit: float = 15.0) -> np.ndarray:
+    """(n,) bool: is the row of `xy` (n, 2) more than `limit` times the median distance away from the median position?"""
+    quarter = xy * 0.25  # differences of the largest numbers stay finite
+    away = np.hypot(*(quarter - np.median(quarter, axis=0)).T)
+    with np.errstate(over="ignore"):
+        return away > limit * np.median(away[away > 0]) if away.any() else np.zeros(len(xy), dtype=bool)
+
+# %% ../../nbs/data/02_validate.ipynb #268cfc86
+MISSING, PLACEHOLDER, FAR, EMPTY = "position missing", "placeholder position", "position far off", "no counts"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of one table: `xy` (n, 2) float64, NaN where unusable; `usable` (n,) bool; `notes`: what was set aside, one line
+    per kind; `reasons` (n,): why, as text, "" for usable rows.
+    """
+
+    xy: np.ndarray
+    usable: np.ndarray
+    notes: tuple[str, ...]
+    reasons: np.ndarray
+
+
+def _where(xy: np.ndarray) -> str:
+    """The places of placeholders, for a message; nothing for other rows."""
+    places = dict.fromkeys(f"({x:.6g}, {y:.6g})" for x, y in xy)
+    return f" {_some(list(places), 3)}"
+
+# %% ../../nbs/data/02_validate.ipynb #35ce87e4
+def positions(adata: AnnData, source: object, *, key: str = "spatial", plane: str | None = None,
+              labels: np.ndarray | None = None) -> Positions:
+    """`obsm[key]` of any table as `Positions`. `plane`: two of three columns; `labels` (n,): sections (None: one).
+
+    Raises `InputError` if these are not positions at all, or if there are three columns and no `plane`.
+    """
+    source, field = str(source), f"obsm['{key}']"
+    labels = np.full(adata.n_obs, "") if labels is None else np.asarray(labels)
+    xy, notes = _in_plane(_columns(adata, source, key).astype(np.float64), source, field, plane, labels)
+    reasons = np.where(np.isfinite(xy).all(axis=1), "", MISSING).astype(object)
+    for label in dict.fromkeys(labels):
+        for reason, found in ((PLACEHOLDER, _placeholders), (FAR, _far)):
+            rows = np.flatnonzero((labels == label) & (reasons == ""))
+            if len(rows):
+                reasons[rows[found(xy[rows])]] = reason
+    for reason in (MISSING, PLACEHOLDER, FAR):
+        rows = np.flatnonzero(reasons == reason)
+        if len(rows):
+            where = _where(xy[rows]) if reason == PLACEHOLDER else ""
+            notes.append(f"{source}: {field}: {len(rows)} of {len(xy)} rows set aside, {reason}{where} ({_some(adata.obs_names[rows], 3)})")
+    usable = reasons == ""
+    return Positions(np.where(usable[:, None], xy, np.nan), usable, tuple(notes), reasons)
+
+# %% ../../nbs/data/02_validate.ipynb #37bdf989
+def coordinates(adata: AnnData, source: str, *, plane: str | None = None) -> np.ndarray:
+    """`obsm['spatial']` as (n, 2) float64, or an `InputError` that says what is wrong with it; no row is set aside."""
+    field = "obsm['spatial']"
+    xy, _ = _in_plane(_columns(adata, source, "spatial").astype(np.float64), source, field, plane, np.full(adata.n_obs, ""))
+    bad = np.flatnonzero(~np.isfinite(xy).all(axis=1))
+    if len(bad):
+        raise InputError(source, field, f"NaN or infinite for {len(bad)} spots ({_some(adata.obs_names[bad])})", "drop these spots")
+    return xy
+
+# %% ../../nbs/data/02_validate.ipynb #be2efa5a
+def _named(adata: AnnData, rows: np.ndarray, label: str, slide_key: str | None) -> str:
+    """How a message calls the section `label` with these `rows`: the column that says so, or the table."""
+    for name in (slide_key, *SECTION_COLUMNS):
+        if label and name in adata.obs and (adata.obs[name].iloc[rows].astype(str) == label).all():
+            return f"obs['{name}'] == '{label}'"
+    return f"section '{label}'" if label else "obs"
+
+
+def _check_size(count: int, source: str, where: str, min_spots: int) -> None:
+    """`InputError` for fewer than `min_spots` spots; more than ten are a piece of tissue that training cuts out."""
+    if count >= min_spots:
+        return
+    piece, remedy = "", "drop this section"
+    if min_spots > 10:
+        piece, remedy = " (one training piece)", remedy + f", or lower it: {option('structure.miniset', count)}" * (count > 10)
+    raise InputError(source, where, f"{count} spots, at least {min_spots} are needed{piece}", remedy)
+
+
+def _check_extent(xy: np.ndarray, source: str, precision: float) -> None:
+    """`InputError` if the spots `xy` (n, 2) of a section coincide; `precision`: relative step of the stored numbers, 0 if exact."""
+    count, quarter = len(_places(xy)[1]), xy * 0.25
+    width, size = np.ptp(quarter, axis=0).max(), np.abs(quarter).max()
+    rounded = count < len(xy) and width < 32 * precision * size
+    if len(xy) > count and (count < 3 or rounded):
+        problem = f"positions collapse to {count} place{'s' * (count > 1)}"
+        problem += f", all {len(xy)} spots lie in one point" if count == 1 else f" for {len(xy)} spots"
+        far = f" (width {width * 4:.3g}, distance from zero {size * 4:.3g})" if rounded else ""
+        raise InputError(source, "obsm['spatial']", problem + far, "give measured positions, less any large offset")
+
+# %% ../../nbs/data/02_validate.ipynb #2cfb53c5
+MAX_UNUSABLE = 0.05
+"Largest share of a section's spots that may be set aside for their positions."
+
+
+def _check_usable(reasons: np.ndarray, names: pd.Index, source: str, where: str) -> None:
+    """`InputError` if positions of a section are missing, or if more than `MAX_UNUSABLE` of them are unusable."""
+    bad, missing = reasons != "", reasons == MISSING
+    if missing.any():
+        problem = f"NaN or infinite for {missing.sum()} spots ({_some(names[missing])})"
+        raise InputError(source, "obsm['spatial']", problem, "drop these spots")
+    if bad.sum() > MAX_UNUSABLE * len(bad):
+        kinds = ", ".join(f"{(reasons == kind).sum()} {kind}" for kind in (PLACEHOLDER, FAR) if (reasons == kind).any())
+        section = "" if where == "obs" else f" of {where}"
+        problem = f"{bad.sum()} of {len(bad)} spots{section} ({bad.mean():.1%}) are unusable ({kinds}; first {_some(names[bad], 3)})"
+        raise InputError(source, "obsm['spatial']", problem, "give their measured positions, or drop these spots")
+
+# %% ../../nbs/data/02_validate.ipynb #420956c5
+def _located(adata: AnnData, source: str, min_spots: int, plane: str | None, slide_key: str | None) -> tuple[Positions, list[str]]:
+    """Positions of a slide and warnings, or the `InputError` of the first section that cannot be used."""
+    labels = section_labels(adata, source, slide_key)
+    place, stored = positions(adata, source, plane=plane, labels=labels), _numbers(adata.obsm["spatial"]).dtype
+    precision, stacked = np.finfo(stored).eps if stored.kind == "f" else 0.0, 0
+    exact = _in_plane(_columns(adata, source, "spatial").astype(np.float64), source, "", plane, labels)[0]
+    for label in dict.fromkeys(labels):
+        rows = np.flatnonzero(labels == label)
+        where = _named(adata, rows, label, slide_key)
+        _check_size(len(rows), source, where, min_spots)
+        if len(_places(exact[rows])[1]) == 1:  # all of it a placeholder; the extent says it better
+            _check_extent(exact[rows], source, precision)
+        _check_usable(place.reasons[rows], adata.obs_names[rows], source, where)
+        good = rows[place.usable[rows]]
+        _check_size(len(good), source, where, min_spots)
+        _check_extent(exact[good], source, precision)
+        stacked += len(good) - len(_places(place.xy[good])[1])
+    pairs = [f"{source}: obsm['spatial']: {stacked} spots share their position with another spot"] if stacked else []
+    return place, [*place.notes, *pairs]
+
+
+def check_spatial(adata: AnnData, source: str, *, min_spots: int = 3, plane: str | None = None, slide_key: str | None = None) -> list[str]:
+    """Check positions section by section; returns warnings (rows to set aside, stacked spots).
+
+    `min_spots`: spots each section needs; `plane`: two of three columns; `slide_key`: as in `section_labels`.
+    """
+    return _located(adata, source, min_spots, plane, slide_key)[1]
+
+# %% ../../nbs/data/02_validate.ipynb #2e323471
+def rescaled(xy: np.ndarray) -> np.ndarray:
+    """Finite positions (n, d) as float64 with the first row at zero and the largest entry between 1/2 and 1 (0 if all coincide).
+
+    The shape stays: the only changes are a shift and a power of two, so any offset and unit that float64 holds will do.
+    """
+    xy = np.asarray(xy, dtype=np.float64)
+    for shift in (False, True):
+        xy = xy - xy[:1] if shift else xy
+        xy = np.ldexp(xy, -np.frexp(np.abs(xy).max(initial=0.0))[1])
+    return xy
 
 # %% ../../nbs/data/02_validate.ipynb #d80e7af4
 @dataclass(frozen=True)
 class Report:
     """What validation set aside in one source.
 
-    `obs_names` (n,): every barcode, as it came in; `kept` (n,) bool: the rows that went on; `n_genes`: genes that came in;
-    `dropped_genes`: constant ones; `warnings`: the lines that were issued.
+    `obs_names` (n,): every barcode, as it came in; `kept` (n,) bool: the rows that went on; `n_genes`: genes that came
+    in; `dropped_genes`: constant ones; `warnings`: the lines that were issued; `notes` (n,): why a row was set aside, else "".
     """
 
     source: str
@@ -154,6 +362,11 @@ class Report:
     n_genes: int
     dropped_genes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: np.ndarray | None = None
+
+    def __post_init__(self):
+        notes = np.where(self.kept, "", EMPTY).astype(object) if self.notes is None else self.notes
+        object.__setattr__(self, "notes", notes)
 
     @property
     def dropped_cells(self) -> tuple[str, ...]:
@@ -170,11 +383,13 @@ class Report:
         return out
 
     def to_dict(self, examples: int = 5) -> dict[str, Any]:
-        """JSON-ready summary: numbers in and out, the first few names, the warnings."""
+        """JSON-ready summary: numbers in and out, also by reason, the first few names, the warnings."""
         cells, genes = self.dropped_cells, self.dropped_genes
-        dropped = {"cells_dropped": len(cells), "genes_dropped": len(genes)}
+        reasons = {str(reason): int((self.notes == reason).sum()) for reason in dict.fromkeys(self.notes[~self.kept])}
+        dropped = {"cells_dropped": len(cells), "genes_dropped": len(genes), "cells_dropped_by_reason": reasons}
         dropped |= {"cells_dropped_examples": list(cells[:examples]), "genes_dropped_examples": list(genes[:examples])}
-        return {"source": self.source, "cells": len(self.obs_names), "genes": self.n_genes, **dropped, "warnings": list(self.warnings)}
+        whole = {"source": self.source, "cells": len(self.obs_names), "genes": self.n_genes}
+        return whole | dropped | {"warnings": list(self.warnings)}
 
 # %% ../../nbs/data/02_validate.ipynb #b63f5aa7
 def _positive_rows(X: Any) -> np.ndarray:
@@ -199,50 +414,70 @@ def _select(adata: AnnData, cells: np.ndarray, genes: np.ndarray) -> AnnData:
     return AnnData(X=X, obs=adata.obs[cells].copy(), var=adata.var[genes].copy(), obsm=obsm, uns=dict(adata.uns))
 
 # %% ../../nbs/data/02_validate.ipynb #ac9ad6e3
-def _trim(adata: AnnData, source: str, drop_constant: bool, notes: list[str]) -> tuple[AnnData, Report]:
-    """Set empty cells and constant genes aside; warn once per kind; return the new table and its report."""
-    kept = _positive_rows(adata.X)
-    if not kept.any():
+def _trim(adata: AnnData, source: str, drop_constant: bool, notes: list[str], reasons: np.ndarray | None = None) -> tuple[AnnData, Report]:
+    """Set empty cells, rows with a reason (n,) and constant genes aside; warn once per kind; return the new table and its report."""
+    positive = _positive_rows(adata.X)
+    if not positive.any():
         raise InputError(source, "X", f"all {adata.n_obs} cells are without counts", "check that the right matrix was stored in X")
+    reasons = np.where(positive, "" if reasons is None else reasons, EMPTY).astype(object)
+    kept = reasons == ""
     varying = _varying_columns(adata.X if kept.all() else adata.X[kept]) if drop_constant else np.ones(adata.n_vars, dtype=bool)
     if not varying.any():
         raise InputError(source, "X", f"none of the {adata.n_vars} genes varies over cells", "give more than one cell and unaggregated data")
-    empty, constant = adata.obs_names[~kept], adata.var_names[~varying]
+    empty, constant = adata.obs_names[~positive], adata.var_names[~varying]
     if len(empty):
         notes.append(f"{source}: {len(empty)} all-zero cells dropped, kept in the output as NaN ({_some(empty, 3)})")
     if len(constant):
         notes.append(f"{source}: {len(constant)} constant genes dropped ({_some(constant, 3)})")
     for note in notes:
         warnings.warn(note, GearsWarning, stacklevel=4)
-    clean = _select(adata, kept, varying)
-    return clean, Report(source, tuple(map(str, adata.obs_names)), kept, adata.n_vars, tuple(map(str, constant)), tuple(notes))
+    clean, names = _select(adata, kept, varying), tuple(map(str, adata.obs_names))
+    return clean, Report(source, names, kept, adata.n_vars, tuple(map(str, constant)), tuple(notes), reasons)
 
 # %% ../../nbs/data/02_validate.ipynb #b1f0f6d5
-def check(adata: AnnData, source: str, *, spatial: bool, counts: bool = True, min_spots: int = 3) -> list[str]:
+def _loaded(adata: AnnData) -> AnnData:
+    return adata.to_memory() if adata.isbacked else adata
+
+
+def check(adata: AnnData, source: str, *, spatial: bool, counts: bool = True, min_spots: int = 3, plane: str | None = None,
+          slide_key: str | None = None) -> list[str]:
     """Every refusal in one call, cheapest first; returns the lines that are only worth a warning.
 
-    `spatial`: coordinates are required; `counts`: whole numbers are required; `min_spots`: spots each slide needs.
+    `spatial`: positions are required; `counts`: whole numbers are required; `min_spots`: spots each section needs;
+    `plane`: two of three columns of positions; `slide_key`: as in `section_labels`.
     """
+    adata = _loaded(adata)
     check_names(adata, source)
-    notes = check_spatial(adata, source, min_spots=min_spots) if spatial else []
+    notes = check_spatial(adata, source, min_spots=min_spots, plane=plane, slide_key=slide_key) if spatial else []
     check_values(adata, source)
     if counts:
         check_counts(adata, source)
     return notes
 
-
+# %% ../../nbs/data/02_validate.ipynb #5f966ad2
 def validate_slide(
-    adata: AnnData, source: object, *, counts: bool = True, min_spots: int = 3, drop_constant: bool = True
+    adata: AnnData, source: object, *, counts: bool = True, min_spots: int = 3, drop_constant: bool = True, plane: str | None = None,
+    slide_key: str | None = None,
 ) -> tuple[AnnData, Report]:
-    """Check a slide, set empty spots and constant genes aside.
+    """Check a slide, set empty spots, spots without a usable position and constant genes aside.
 
-    `source`: file name for the messages; `counts=False` accepts scaled values; `min_spots`: the miniset size, asked of
-    every label in `obs['slide']`, of what is left. Returns a new AnnData (X float32) and its `Report`; `adata` is not
-    touched. Raises `InputError`; issues counted `GearsWarning`s.
+    `source`: file name for the messages; `counts=False` accepts scaled values; `min_spots`: spots that a training piece
+    takes, asked of every section, of what is left; `plane`, `slide_key`: as in `check`. Returns a new AnnData (X float32,
+    `obsm['spatial']` (n, 2) float64) and its `Report`; `adata` is not touched. Raises `InputError`; issues counted
+    `GearsWarning`s.
     """
-    notes = check(adata, str(source), spatial=True, counts=counts, min_spots=min_spots)
-    clean, report = _trim(adata, str(source), drop_constant, notes)
-    check_spatial(clean, str(source), min_spots=min_spots)
+    adata, source = _loaded(adata), str(source)
+    check_names(adata, source)
+    place, notes = _located(adata, source, min_spots, plane, slide_key)
+    check(adata, source, spatial=False, counts=counts)
+    clean, report = _trim(adata, source, drop_constant, notes, place.reasons)
+    clean.obsm["spatial"] = place.xy[report.kept]
+    labels = section_labels(adata, source, slide_key)
+    for label in dict.fromkeys(labels):
+        rows = np.flatnonzero(report.kept & (labels == label))
+        where = _named(adata, rows, label, slide_key)
+        _check_size(len(rows), source, where, min_spots)
+        _check_extent(place.xy[rows], source, 0.0)
     return clean, report
 
 # %% ../../nbs/data/02_validate.ipynb #e79448d8
@@ -251,5 +486,6 @@ def validate_cells(adata: AnnData, source: object, *, counts: bool = True, drop_
 
     `drop_constant=False` keeps genes that never vary here: needed when a trained model expects them.
     """
+    adata = _loaded(adata)
     notes = check(adata, str(source), spatial=False, counts=counts)
     return _trim(adata, str(source), drop_constant, notes)
