@@ -81,6 +81,21 @@ def test_equal_sources_raise_no_alarm(tissue):
     assert seen.verdicts["H1"] == seen.verdicts["H2"] == "FALSIFIED"
 
 
+def test_advice_leaves_to_gears_what_gears_does(tissue):
+    """Centring and depth are nobody's task; what is left is said in the reader's language."""
+    from gears_nb.core.errors import speaking
+    from gears_nb.encoder.diagnose import ADVICE
+    shifted = simulate("tiny", SEED, mean_shift=1.5, qc_shift=1.5)
+    seen = quick(shifted)
+    for key in ("centroids", "H1", "H2"):
+        assert seen[key].advice.startswith("Nothing to do: Gears ") and seen[key].severity == "note", key
+    every = [advice for verdicts in ADVICE.values() for _, advice in verdicts.values()] + [f.advice for f in seen.findings]
+    assert not [a for a in every if a.startswith(("Centre ", "Normalise ", "Subtract ", "Use "))]
+    with speaking("shell"):
+        cells = quick(tissue, cells=tissue.cells)
+    assert all("adapter" not in f.advice or "--set encoder.adapter=true" in f.advice for f in cells.findings)
+
+
 def test_input_is_not_changed_and_findings_repeat(tissue):
     before = [(s.X.copy(), list(s.obs.columns), list(s.var_names)) for s in tissue.slides]
     first, second = quick(tissue), quick(tissue)
@@ -116,7 +131,8 @@ def test_the_page_is_text_before_it_is_a_file(found, tmp_path):
     text = render_diagnosis(found, "Mine")
     assert write_report(tmp_path / "d.html", found, "Mine").read_text(encoding="utf-8") == text
     assert all(f"--{name}:" in text for name in re.findall(r"var\(--(\w+)\)", text)), "every colour that is asked for is there"
-    assert "{&#x27;" not in text and not re.search(r"\.\d*[1-9]\d{4}", text.split("<body>")[1].split("<footer>")[0]), "raw Python on the page"
+    tables = "".join(re.findall(r"<table.*?</table>", text, re.S))
+    assert not re.search(r"[{\[]&#x27;|[{\[]\d|\.\d*[1-9]\d{4}|>True<|>None<", re.sub(r"<code>.*?</code>", "", tables)), "raw Python on the page"
 
 
 def test_command(files, found, tmp_path):

@@ -50,6 +50,28 @@ def test_each_fault_is_found(line, changes):
     assert next(f for f in findings if f.key == line).advice == LINES[line].advice
 
 
+def test_no_go_says_what_it_decides():
+    """Which decisions it changes and which not, in the text for a terminal and on the page; and settings in the reader's language."""
+    from gears_nb.core.errors import speaking
+    from gears_nb.encoder.diagnose import Diagnosis
+    from gears_nb.runs.diagnose_report import _READY, render_diagnosis
+    with speaking("shell"):
+        found = Diagnosis(judge(table(nearest_ok=0.5), embeddings()), (), 10, 0, "smoke")
+    text, page = found.text(), render_diagnosis(found, "Readiness", _READY)
+    for told in (text, page):
+        assert "no generator" in told and "--set structure.repulsion=0.02" in told and "ordinary" in told
+    assert "plain methods" in found["verdict"].advice and "gears evaluate" in found["verdict"].advice and found["verdict"].verdict == "NO GO"
+    assert "no generator" not in judge(table(), embeddings())[0].advice
+    assert "**{'structure.repulsion': 0.02}" in LINES["nearest"].advice
+
+
+def test_settings_that_are_advised_exist():
+    from gears_nb.core.config import profile
+    for line in LINES.values():
+        for name, value in line.change:
+            profile("smoke", **{name: value})
+
+
 @pytest.mark.parametrize("line, H, cells", [("slides", embeddings(shift=3.0), None), ("norms", embeddings(scale=1.3), None), ("domain", embeddings(), np.full((150, 8), 2.0))])
 def test_faults_of_the_embedding(line, H, cells):
     assert verdicts(judge(table(), H, cells))[line] == "FAIL"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import InputError
+from ..core.errors import InputError, option
 from ..core.progress import progress_bar
 from ..core.results import plain
 from ..core.seeding import np_rng
@@ -222,7 +222,7 @@ def check_depth(samples: Samples) -> Finding:
         summary += f" The deepest slide has {ratio:.1f} times the counts of the shallowest."
     advice = (f"{', '.join(shallow)}: below {SHALLOW} counts a profile is mostly noise; bin spots or drop the source." if shallow else
               f"More than 5% of the rows of {', '.join(poor)} are nearly empty: look whether they lie outside the tissue, and drop them." if poor else
-              "Library-size normalisation, which every step here does, is needed; see H1 for what it leaves." if ratio > DEPTH_RATIO else "Nothing to do.")
+              "Nothing to do: Gears divides every spot and cell by its own total itself; H1 says what that leaves." if ratio > DEPTH_RATIO else "Nothing to do.")
     return Finding("depth", "Are the sources equally deep?", severity, summary, advice, numbers=numbers,
                    charts=(Bars("median counts per spot or cell", tuple(numbers), tuple(r["median_counts"] for r in numbers.values()), "counts"),))
 
@@ -247,8 +247,10 @@ def check_accuracy(samples: Samples) -> Finding:
     stubborn = [t for t, r in numbers.items() if r["centred"] > r["chance"] + 0.1]
     severity = "warning" if stubborn else "note" if separate else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred (chance {r['chance']:.2f})." for t, r in numbers.items())
-    advice = (f"Centring is not enough for: {', '.join(stubborn)}. Means agree and shapes do not: use the adapter for cells, and see H3 and H5 for slides." if stubborn else
-              "Centre every source by its own gene means before anything else (the encoder's `v5` and `Gears` do)." if separate else "Nothing to do.")
+    advice = (f"Centring, which Gears does itself, is not enough for: {', '.join(stubborn)}. Means agree and shapes do not." +
+              (f" Let the cells be moved into the cloud of the slides: `{option('encoder.adapter', True)}`." if "spots or cells" in stubborn else "") +
+              (" See H3 and H5, and leave out a slide that differs from all others." if "slides" in stubborn else "") if stubborn else
+              "Nothing to do: Gears centres every source by its own gene means itself, and then its name is hardly to be told." if separate else "Nothing to do.")
     charts = tuple(Bars(f"accuracy: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", r["chance"], "chance") for t, r in numbers.items())
     return Finding("accuracy", question, severity, summary, advice, numbers=numbers, charts=charts)
 
@@ -266,7 +268,8 @@ def check_centroids(samples: Samples) -> Finding:
     far = max(pairs, key=pairs.get)
     severity = "note" if pairs[far] > 0.5 else "ok"
     summary = f"The farthest pair is {far}, {pairs[far]:.2f} times the spread within a source."
-    advice = "Compare nothing across sources in raw expression; centring closes the distance." if severity == "note" else "Nothing to do."
+    advice = ("Nothing to do: Gears centres every source itself, which closes the distance. In analyses of your own compare nothing across sources in raw expression."
+              if severity == "note" else "Nothing to do.")
     return Finding("centroids", question, severity, summary, advice, numbers={"spread": float(spread), "distance": pairs},
                    charts=(Bars("distance of means over spread within", tuple(pairs), tuple(pairs.values()), "", 0.5, "half the spread"),))
 
@@ -285,9 +288,10 @@ def check_mixing(samples: Samples) -> Finding:
     apart = [t for t, r in numbers.items() if r["centred"] < 0.5]
     severity = "warning" if apart else "note" if min(r["raw"] for r in numbers.values()) < 0.5 else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred." for t, r in numbers.items())
-    advice = (f"Even centred, {' and '.join(apart)} keep to themselves." + (" Expect this of single cells among spots, which are sums of cells: use the adapter, or pseudo-spots." if "spots and cells" in apart else
+    advice = (f"Even centred, {' and '.join(apart)} keep to themselves." + (
+              f" Expect this of single cells among spots, which are sums of cells; `{option('encoder.adapter', True)}` moves them together." if "spots and cells" in apart else
               " The slides differ in more than gene means: see H3, H4 and H5.") if apart else
-              "Centre every source before neighbours are searched across sources." if severity == "note" else "Nothing to do.")
+              "Nothing to do: Gears centres every source itself before it looks for neighbours across sources." if severity == "note" else "Nothing to do.")
     charts = tuple(Bars(f"mixing: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", 1.0, "one cloud") for t, r in numbers.items())
     return Finding("mixing", question, severity, summary, advice, numbers=numbers, charts=charts)
 
@@ -297,16 +301,16 @@ QUESTIONS: dict[str, str] = {
     "H4": "Is a slide organised differently?", "H5": "Is some of the difference biology?", "H6": "Does alignment in training harm locality?",
 }
 ADVICE: dict[str, dict[str, tuple[str, str]]] = {
-    "H1": {"CONFIRMED": ("note", "Normalise by library size (done here). If `pca` and `pca_without_depth` agree, depth is a passenger and regressing it out will not help; do not filter spots by QC to make slides alike."),
-           "PARTIAL": ("note", "Totals differ, but QC features hardly name the slide: normalise by library size and go on.")},
-    "H2": {"CONFIRMED": ("warning", "Subtract every slide's own gene means, at training and at inference (encoder preset `v5`). Z-scoring or Harmony are not needed for this."),
-           "PARTIAL": ("warning", "Genes are shifted, and centring does not remove all of what tells slides apart: centre, then look at H3 and H5 for the rest.")},
-    "H3": {"CONFIRMED": ("note", "Centring moves a type that is frequent on one slide towards one where it is rare, by the difference of its share. Choose slides with like regions for training, or align within types."),
-           "PARTIAL": ("note", "A small difference of shares: centring is safe, but do not read differences of cluster sizes as batch effects.")},
+    "H1": {"CONFIRMED": ("note", "Nothing to do: Gears divides by library size itself. In analyses of your own: if `pca` and `pca_without_depth` agree, depth is a passenger and regressing it out will not help; do not filter spots by QC to make slides alike."),
+           "PARTIAL": ("note", "Nothing to do: Gears divides by library size itself; totals differ, but QC features hardly name the slide.")},
+    "H2": {"CONFIRMED": ("note", "Nothing to do: Gears subtracts every source's own gene means itself, at training and when cells are placed. In analyses of your own do the same; z-scoring or Harmony are not needed for this."),
+           "PARTIAL": ("warning", "Genes are shifted, and the centring that Gears does itself does not remove all of what tells slides apart: look at H3 and H5 for the rest, and leave out a slide that differs from all others.")},
+    "H3": {"CONFIRMED": ("note", "Choose slides with like regions for training: the centring that Gears does moves a type that is frequent on one slide towards where it is on one with few, by the difference of its share."),
+           "PARTIAL": ("note", "Nothing to do: the difference of shares is small, and the centring that Gears does itself is safe. Do not read differences of cluster sizes as batch effects.")},
     "H4": {"CONFIRMED": ("warning", "The patterns of that slide have another size or shape. Train with it and without it and compare overlap on a slide outside training; keep it out if it does not help. It can also look like biology to H5. The limit was set on a simulated liver: a section of few spots, or a tumour, can pass it by chance."),
            "PARTIAL": ("note", "A slide is organised differently, and the encoder hardly shows it: keep it, and look at it when its cells are placed badly.")},
-    "H6": {"CONFIRMED": ("note", "Put no CORAL, MMD or adversary into the training loss: it costs neighbours. Train on centred input (`v5`), and if clouds must agree map the embeddings afterwards (`coral_map`)."),
-           "PARTIAL": ("note", "Alignment in training costs some locality and centring makes it unnecessary: use `v5`.")},
+    "H6": {"CONFIRMED": ("note", "Nothing to do: Gears aligns nothing while it trains, and centres its input itself. In models of your own put no CORAL, MMD or adversary into the loss: it costs neighbours; if clouds must agree map the embeddings afterwards (`coral_map`)."),
+           "PARTIAL": ("note", "Nothing to do: Gears aligns nothing while it trains; that would cost some locality, and centring, which it does itself, makes it unnecessary.")},
     "H5": {"CONFIRMED": ("warning", "Whole programs differ: part of what separates the slides is real. Keep a copy of the uncentred levels for questions about biology, and use no adversary or CORAL that would hide the difference."),
            "PARTIAL": ("note", "One or a few programs may differ: look at the levels below before you correct anything away.")},
 }

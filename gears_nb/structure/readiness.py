@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.config import GearsConfig
-from ..core.errors import InputError
+from ..core.errors import InputError, option
 from ..core.results import plain, spread
 from ..core.store import Store
 from ..encoder.diagnose import Bars, Diagnosis, Finding, Samples, prepare, sources_of
@@ -25,19 +25,25 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['LINES', 'MODEL', 'Line', 'line_finding', 'energy_lines', 'stability_lines', 'k_line', 'shape_lines',
+__all__ = ['LINES', 'MODEL', 'NO_GO', 'Line', 'line_finding', 'energy_lines', 'stability_lines', 'k_line', 'shape_lines',
            'embedding_lines', 'verdict_finding', 'judge', 'rows_of', 'variants_of', 'embed_samples', 'readiness']
 
 # %% ../../nbs/structure/10_readiness.ipynb #7a16af79
 @dataclass(frozen=True)
 class Line:
-    "One threshold: passes if `low <= value <= high`."
+    "One threshold: passes if `low <= value <= high`; `change`: settings that may help, with a value to try."
 
     question: str
-    advice: str
+    hint: str
     low: float = -np.inf
     high: float = np.inf
     strict: bool = False  # `high` itself fails
+    change: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def advice(self) -> str:
+        "What to do if it fails, in the language of the reader."
+        return self.hint + (f" To try: {', '.join(f'`{option(*c)}`' for c in self.change)}." if self.change else "")
 
     def passes(self, value: float) -> bool:
         "Whether `value` is within the limits; NaN is not."
@@ -51,22 +57,29 @@ class Line:
         return f"at least {self.low:g}" if np.isfinite(self.low) else f"{'below' if self.strict else 'at most'} {self.high:g}"
 
 # %% ../../nbs/structure/10_readiness.ipynb #e193eb73
-_GRAPH = "Look at candidate recall and gate precision of the same rows: a recall below 0.9 asks for a larger `structure.k_cand` or better embeddings, a low precision for a longer `structure.gate_pretrain`."
+_GRAPH = "Look at candidate recall and gate precision of the same rows: a recall below 0.9 asks for more candidates or better embeddings, a low precision for a longer training of the gate."
+_MORE = (("structure.k_cand", 120), ("structure.gate_pretrain", 160))
 LINES: dict[str, Line] = {
-    "gap": Line("How far from the true graph is it (E_geo, model's own graph minus true edges)?", _GRAPH, high=0.10),
-    "energy": Line("Is its energy low on held-out slides (E_geo)?", "If `gap` passes, the model is weak on any graph: train longer, or with more slides. Else see `gap`.", high=0.35),
-    "finite": Line("Share of trainings that ended in numbers?", "Lower `structure.lr`; look for spots at the same place.", low=1.0),
-    "seeds": Line("Do seeds agree (standard deviation of E_geo within a fold)?", "Train longer, or more members; a seed that differs by itself is a sign of a collapsed gate.", high=0.02),
+    "gap": Line("How far from the true graph is it (E_geo, model's own graph minus true edges)?", _GRAPH, high=0.10, change=_MORE),
+    "energy": Line("Is its energy low on held-out slides (E_geo)?", "If `gap` passes, the model is weak on any graph: train longer, or with more slides. Else see `gap`.", high=0.35,
+                   change=(("structure.train.epochs", 12),)),
+    "finite": Line("Share of trainings that ended in numbers?", "Lower the step size; look for spots at the same place.", low=1.0, change=(("structure.train.lr", 3e-4),)),
+    "seeds": Line("Do seeds agree (standard deviation of E_geo within a fold)?", "Train longer, or more members; a seed that differs by itself is a sign of a collapsed gate.", high=0.02,
+                  change=(("structure.train.epochs", 12), ("structure.members", 3))),
     "folds": Line("Do folds agree (largest minus smallest mean E_geo)?", "See which test slide is worst: it may be another tissue region, shallower, or rotated out of the others' range. `gears diagnose` compares the slides.", high=0.05),
-    "k": Line("Does it hang on the candidate graph (E_geo range over three sizes)?", "Neighbourhoods in the embedding are ragged: improve the embedding before the gate.", high=0.03),
-    "aspect": Line("Share of layouts that are not a line (lambda2/lambda1 at least 0.15)?", "Layouts fall onto a line: more `structure.guess_epochs`, less `structure.h_dropout`.", low=0.99),
-    "nearest": Line("Share of layouts without clumps (5th percentile of nearest distances at least 0.05)?", "Cells sit on each other: raise `structure.repulsion`, or lower `structure.rw_cap`.", low=0.99),
+    "k": Line("Does it hang on the candidate graph (E_geo range over three sizes)?", "Neighbourhoods in the embedding are ragged: more slides, or deeper ones, make a better embedding; no gate repairs it.", high=0.03),
+    "aspect": Line("Share of layouts that are not a line (lambda2/lambda1 at least 0.15)?", "Layouts fall onto a line: train the first guess longer, drop fewer dimensions.", low=0.99,
+                   change=(("structure.guess_epochs", 40), ("structure.h_dropout", 0.0))),
+    "nearest": Line("Share of layouts without clumps (5th percentile of nearest distances at least 0.05)?", "Cells sit on each other: push them apart more, or let the walk weigh less.", low=0.99,
+                    change=(("structure.repulsion", 0.02), ("structure.rw_cap", 0.05))),
     "spread": Line("Share of layouts that fill their disc (median distance at least 0.6)?", "A few outliers carry the scale: look for spots without neighbours and drop them.", low=0.99),
-    "attention": Line("Does the last recycle still look at neighbours (recall at 30)?", "Attention went flat or elsewhere: keep QK-norm, fewer recycles, or a larger `structure.beta`.", low=0.40),
-    "logits": Line("Are its attention logits neither flat nor spiked (standard deviation)?", "Below 2 attention is nearly uniform: raise `structure.beta`; above 10 it is nearly one-hot: bound the logits.", 2.0, 10.0),
-    "slides": Line("Can a classifier name the slide from the embedding (accuracy)?", "Centre every slide by its own means; then see H3 and H5 of `gears diagnose`.", high=0.5),
-    "domain": Line("Can a classifier tell cells from spots (accuracy)?", "Turn `encoder.adapter` on, and see `gears diagnose --cells`.", high=0.55),
-    "norms": Line("Are embeddings equally long in all sources (largest over smallest)?", "A source with longer vectors is deeper or more varied: check depths, centre, and normalise lengths.", high=1.10, strict=True),
+    "attention": Line("Does the last recycle still look at neighbours (recall at 30)?", "Attention went flat or elsewhere: fewer recycles, or more weight of the gate.", low=0.40,
+                      change=(("structure.recycles", 3), ("structure.beta", 3.0))),
+    "logits": Line("Are its attention logits neither flat nor spiked (standard deviation)?", "Below 2 attention is nearly uniform: more weight of the gate. Above 10 it is nearly one-hot: less.", 2.0, 10.0,
+                   change=(("structure.beta", 3.0), ("structure.beta", 1.0))),
+    "slides": Line("Can a classifier name the slide from the embedding (accuracy)?", "Every slide is centred already, so means are not what tells: see H3 and H5 of `gears diagnose`, and leave out a slide that differs from all others.", high=0.5),
+    "domain": Line("Can a classifier tell cells from spots (accuracy)?", "Let the cells be moved into the cloud of the slides, and see what differs in `gears diagnose` with the cells.", high=0.55, change=(("encoder.adapter", True),)),
+    "norms": Line("Are embeddings equally long in all sources (largest over smallest)?", "A source with longer vectors is deeper or more varied: compare depths with `gears diagnose`, and leave out a source that is far shallower than the others.", high=1.10, strict=True),
 }
 "The go/no-go table (003): name -> threshold."
 
@@ -158,13 +171,19 @@ def embedding_lines(H: Mapping[str, np.ndarray], cells: np.ndarray | None = None
     return [*out, line_finding("norms", norm_ratio(table, labels))]
 
 # %% ../../nbs/structure/10_readiness.ipynb #c8ff8896
+NO_GO = ("NO GO keeps other work from being built on this model: no generator of cells on top of it, no claim from its attention, no switch of a default to it. It does not say that layouts are useless: "
+         "a model with failed lines may still place cells better than the plain methods, which `gears evaluate` tells where places are known, and `gears reconstruct` may be used. On real sections it is ordinary: 6 to 11 "
+         "of the 13 or 14 lines pass.")
+"What the verdict NO GO decides and what it does not."
+
+
 def verdict_finding(findings: Sequence[Finding]) -> Finding:
     "The first line: go, or not, and because of what."
     failed, open_ = [f.key for f in findings if f.severity == "problem"], [f.key for f in findings if f.severity == "skipped"]
     n = len(findings) - len(open_)
     summary = f"{n - len(failed)} of {n} thresholds pass." + (f" Failed: {', '.join(failed)}." if failed else "") + (f" Not tested: {', '.join(open_)}." if open_ else "")
-    advice = "Begin with the first failed line; later ones often follow from it." if failed else "Go." if not open_ else "Go, with the untested lines in mind."
-    return Finding("verdict", "Is the structure model ready?", "problem" if failed else "note" if open_ else "ok", summary, advice, "NO GO" if failed else "GO",
+    advice = f"{NO_GO} To change it begin with the first failed line; later ones often follow from it." if failed else "Go." if not open_ else "Go, with the untested lines in mind."
+    return Finding("verdict", "May other work be built on the structure model?", "problem" if failed else "note" if open_ else "ok", summary, advice, "NO GO" if failed else "GO",
                    {"passed": n - len(failed), "tested": n, "failed": failed, "not_tested": open_})
 
 
@@ -175,7 +194,7 @@ def judge(table: pd.DataFrame, H: Mapping[str, np.ndarray] | None = None, cells:
     """
     rows, others = table[table.variant == MODEL], table[table.variant != MODEL]
     if not len(rows):
-        raise InputError("readiness", "variant", f"no row is called {MODEL!r}", "name the variant that is judged so")
+        raise InputError("readiness", "variant", f"no row is called {MODEL!r}", f"name the variant that is judged {MODEL!r}")
     lines = [*energy_lines(rows), *stability_lines(rows, others), *shape_lines(rows)] if rows.diverged.min() == 0 else [line_finding("finite", 0.0)]
     lines += embedding_lines(H, cells, seed) if H else [line_finding(k, None) for k in ("slides", "domain", "norms")]
     return verdict_finding(lines), *lines
