@@ -20,6 +20,7 @@ from ..core.gauge import gauge_fix, procrustes
 from ..core.seeding import np_rng
 from ..data.genes import match_genes
 from ..data.preprocess import Preprocessor, knn_cosine, smooth_expression
+from ..data.validate import coordinates, rescaled
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -88,7 +89,7 @@ def common_frame(coords: Sequence[np.ndarray], smooth: Sequence[np.ndarray], que
 
     coords: (m_s, 2) per slide; smooth: smoothed features (m_s, g) per slide; query: smoothed features (n, g). Returns new coordinates (unit-RMS gauge) and the fits.
     """
-    coords = [gauge_fix(np.asarray(c, dtype=np.float64)) for c in coords]
+    coords = [gauge_fix(rescaled(c)) for c in coords]
     if len(coords) == 1:
         return coords, [Registration(0, 1.0, True)]
     anchor = int(np.argmax([knn_cosine(query, s, 20)[1].mean() for s in smooth]))
@@ -143,17 +144,15 @@ class Prepared:
 def prepare(reference: Sequence[AnnData], query: AnnData, min_genes: int = 20) -> Prepared:
     """Raw slides and query cells to `Prepared`. Inputs are not touched; `obsm['spatial']` of the query is never read.
 
-    Raises InputError for an empty list of slides, a slide without coordinates, or fewer than `min_genes` shared genes.
+    Raises InputError for an empty list of slides, a slide without finite coordinates, or fewer than `min_genes` shared genes.
     """
     if not reference:
         raise InputError("baselines", "reference", "no slide given", "pass at least one slide with obsm['spatial']")
-    for i, slide in enumerate(reference):
-        if "spatial" not in slide.obsm:
-            raise InputError(f"slide {i + 1}", "obsm['spatial']", "is missing", "baselines need reference positions")
+    places = [coordinates(slide, f"slide {i + 1}") for i, slide in enumerate(reference)]
     *slides, cells = centred_features(reference, query, min_genes)
     several = len(slides) > 1
     smooth = [smoothed(f) for f in slides] if several else []
-    coords, fits = common_frame([s.obsm["spatial"] for s in reference], smooth, smoothed(cells) if several else cells)
+    coords, fits = common_frame(places, smooth, smoothed(cells) if several else cells)
     used = [f.slide for f in fits if f.used]
     return Prepared(
         np.concatenate([slides[i] for i in used]), np.concatenate([coords[i] for i in used]),
@@ -265,8 +264,8 @@ def oracle_nearest_spot(reference: Sequence[AnnData], query: AnnData) -> np.ndar
 
     if len(reference) != 1:
         raise InputError("oracle", "reference", f"{len(reference)} slides given", "the oracle needs one slide in the query's own frame")
-    spots = np.asarray(reference[0].obsm["spatial"], dtype=np.float64)
-    return spots[cKDTree(spots).query(np.asarray(query.obsm["spatial"], dtype=np.float64))[1]]
+    spots = coordinates(reference[0], "slide 1")
+    return spots[cKDTree(spots).query(coordinates(query, "query"))[1]]
 
 # %% ../../nbs/benchmark/02_baselines.ipynb #fae547bc
 Method = Callable[..., np.ndarray]

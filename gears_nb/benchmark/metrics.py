@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix, procrustes
+from ..data.validate import rescaled
 
 # %% auto #0
 __all__ = ['METRICS', 'NEIGHBOURS', 'TOLERANCE', 'SHELLS', 'Ranks', 'ranks', 'pearson', 'spearman', 'optimal_scale', 'stress1',
@@ -219,8 +220,8 @@ def score(pred: np.ndarray, true: np.ndarray, seed: int = 0, max_cells: int = 30
     """
     pred, true, missing = _checked(pred, true)
     pick = np.random.default_rng(seed).permutation(len(pred))[:max_cells]
-    Y = gauge_fix(true[pick])
-    X = procrustes(gauge_fix(pred[pick]), Y).aligned
+    Y = gauge_fix(rescaled(true[pick]))  # any unit: squares of very large or small coordinates leave double precision
+    X = procrustes(gauge_fix(rescaled(pred[pick])), Y).aligned
     d_hat, d, radius = pdist(X).round(9), pdist(Y).round(9), contact_radius(Y) + TOLERANCE
     ranked = ranks(d_hat)
     auc, bap = edge_scores(d_hat, d <= radius, ranked)

@@ -17,6 +17,7 @@ from ..core.errors import InputError
 from ..data.genes import match_genes
 from ..data.neighbours import neighbour_recall
 from ..data.preprocess import Preprocessor, row_totals
+from ..data.validate import coordinates, rescaled
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -125,14 +126,14 @@ def ilisi(H: np.ndarray, slides: Sequence, k: int = 30) -> float:
 # %% ../../nbs/encoder/06_probes.ipynb #fc04a2b9
 def overlap(H: np.ndarray, coords: np.ndarray, slides: Sequence, k: int = 20) -> dict[str, float]:
     "Per slide: share of the `k` nearest rows of `H` that are within reach of the `k` nearest in `coords`; chance is about k / n."
-    return {label: neighbour_recall(H[rows], coords[rows], k) for label, rows in by_slide(slides)}
+    return {label: neighbour_recall(H[rows], rescaled(coords[rows]), k) for label, rows in by_slide(slides)}
 
 
 def neighbour_distance(H: np.ndarray, coords: np.ndarray, slides: Sequence, k: int = 20) -> dict[str, float]:
     "Per slide: mean physical distance of the `k` nearest rows of `H`, over the median distance to the nearest spot."
     out = {}
     for label, rows in by_slide(slides):
-        place = np.asarray(coords[rows], np.float64)
+        place = rescaled(coords[rows])
         away = np.linalg.norm(place[_neighbours(H[rows], k)[1]] - place[:, None], axis=-1)
         out[label] = float(away.mean() / np.median(_neighbours(place, 1)[0]))
     return out
@@ -140,7 +141,7 @@ def neighbour_distance(H: np.ndarray, coords: np.ndarray, slides: Sequence, k: i
 # %% ../../nbs/encoder/06_probes.ipynb #e1730db0
 def spatial_weights(coords: np.ndarray, k: int = 6) -> sp.csr_matrix:
     "Row-normalised weights (n, n) of the `k` nearest spots, 1/k each."
-    index = _neighbours(coords, k)[1]
+    index = _neighbours(rescaled(coords), k)[1]
     n, k = index.shape
     return sp.csr_matrix((np.full(n * k, 1 / k), index.ravel(), np.arange(0, n * k + 1, k)), (n, n))
 
@@ -171,7 +172,7 @@ def _split(adata: AnnData, source: str, min_share: float) -> list[AnnData]:
     for _, rows in by_slide(adata.obs["slide"]):
         slide = adata[rows[totals[rows] > min_share * np.median(totals[rows])]].copy()
         slide.obs["slide"] = slide.obs["slide"].astype(str)
-        slide.obsm["spatial"] = np.asarray(slide.obsm["spatial"], np.float32)[:, :2]
+        slide.obsm["spatial"] = coordinates(slide, source)
         slides.append(slide)
     return slides
 
@@ -234,7 +235,7 @@ def stack_slides(slides: Sequence[AnnData], n_hvg: int | None = None) -> Stacked
         raise InputError("stack_slides", "slides", f"{len(np.unique(labels))} slide", "give at least two slides with names of their own")
     fitted = Preprocessor.fit(slides, n_hvg=n_hvg)
     X = np.concatenate([fitted.log_normalised(slide) for slide in slides])
-    coords = np.concatenate([np.asarray(slide.obsm["spatial"], np.float64)[:, :2] for slide in slides])
+    coords = np.concatenate([coordinates(slide, "stack_slides") for slide in slides])
     return Stacked(X, labels, coords, fitted.genes, fitted)
 
 # %% ../../nbs/encoder/06_probes.ipynb #2fb49725

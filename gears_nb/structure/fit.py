@@ -22,6 +22,7 @@ from ..core.seeding import stream_seed
 from ..core.store import content_digest
 from ..core.training import History, train
 from ..data.minisets import miniset_indices
+from ..data.validate import rescaled
 from .ipa import guess_loss
 from .protocol import Batch, GeometryModel, geometry_loss, mean_energy, model_class
 from .rungs import Ladder, Rung, gate_loss
@@ -36,7 +37,7 @@ class Reference:
 
     def __init__(self, H: np.ndarray, coords: np.ndarray):
         self.H = torch.from_numpy(np.ascontiguousarray(H, dtype=np.float32))
-        self.coords = gauge_fix(torch.as_tensor(np.asarray(coords), dtype=torch.float32))
+        self.coords = gauge_fix(torch.from_numpy(rescaled(coords))).float()  # single precision only after origin and unit are gone
 
     def draw(self, size: int, count: int, global_fraction: float, rng: torch.Generator) -> Tensor:
         "Indices `(count, size)`; the whole slide if it is smaller."
