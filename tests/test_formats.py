@@ -429,6 +429,14 @@ def test_sections_of_any_column(tmp_path: Path):
     refused(path, "there is no such column", slide_key="nothing")
 
 
+def test_a_plane_is_passed_on(tmp_path: Path, table: ad.AnnData):
+    rng = np.random.default_rng(0)
+    table.obsm["spatial"] = rng.random((5, 3))
+    path = write_h5ad(table, tmp_path / "deep.h5ad")
+    refused(path, "obsm['spatial']")
+    assert read(path, spatial=True, plane="xz").n_obs == read_many([path], spatial=True, plane="xz")[0].n_obs == 5
+
+
 # ---------------------------------------------------------------- files behind a source
 
 

@@ -482,8 +482,7 @@ def read(
     adata = take_layer(_load(text, spatial), layer, text)
     if sample is not None:
         adata = take_sample(adata, sample, text, slide_key)
-    more = {name: value for name, value in (("plane", plane), ("slide_key", slide_key)) if value is not None}
-    check(adata, text, spatial=spatial, counts=counts, min_spots=min_spots, **more)
+    check(adata, text, spatial=spatial, counts=counts, min_spots=min_spots, plane=plane, slide_key=slide_key)
     if spatial or slide_key is not None or "slide" not in adata.obs:
         _name_sections(adata, text, slide_key)
     return adata
