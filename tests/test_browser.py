@@ -154,9 +154,10 @@ def candidates(trace, query, term, recycle, head):
 
 
 def resolution(trace, term):
-    """Half a step of the 65536 in which numbers travel, for a sum of terms the sum of theirs."""
-    parts = [trace.attention] if term == "attention" else trace.terms.values() if term == "total" else [trace.terms[term]]
-    return sum(float(max(p.max(), 0) - min(p.min(), 0)) for p in parts) / 65535 + 1e-6
+    """Half a step of the 256 in which terms travel, for a sum of terms the sum of theirs, for attention what that changes in its softmax at most."""
+    parts = trace.terms.values() if term in ("attention", "total") else [trace.terms[term]]
+    half = sum(float(max(p.max(), 0) - min(p.min(), 0)) for p in parts) / 255 / 2 + 1e-6
+    return float(trace.attention.max()) * float(np.expm1(2 * half)) if term == "attention" else half
 
 
 def agrees(marks, trace, query, term="attention", recycle=-1, head=None, top=10):

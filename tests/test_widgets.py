@@ -26,6 +26,7 @@ from gears_nb.attention.views import (
     fit_state,
     gate_marks,
     gate_view,
+    pack,
     pack_steps,
     recycles_view,
     reconstruction_marks,
@@ -87,13 +88,40 @@ def test_steps_are_fine_enough(recycles, heads, edges, seed, scale):
     a = (np.random.default_rng(seed).normal(size=(recycles, heads, edges)) * scale).astype(np.float32)
     p = pack_steps(a)
     assert p["shape"] == list(a.shape) or min(p["shape"]) == 1
-    assert np.abs(unpack(p) - a).max() <= p["step"] / 2 * (1 + 1e-6) and p["step"] <= (max(a.max(), 0) - min(a.min(), 0)) / 65535 * (1 + 1e-6)
+    assert np.abs(unpack(p) - a).max() <= p["step"] / 2 * (1 + 1e-6) and p["step"] <= (max(a.max(), 0) - min(a.min(), 0)) / 255 * (1 + 1e-6)
 
 
 def test_a_term_that_heads_share_is_sent_once():
     t = a_trace()
+    t.terms["pair"] = np.broadcast_to(np.sin(np.arange(len(t.row), dtype=np.float32)), t.attention.shape)
     view = attention_view({"H-gate": t})["graphs"]["H-gate"]["values"]
-    assert view["gate"]["shape"] == [1, 1, len(t.row)] and view["qk"]["shape"] == [3, 2, len(t.row)]
+    assert view["pair"]["shape"] == [1, 1, len(t.row)] and view["qk"]["shape"] == [3, 2, len(t.row)]
+
+
+def test_what_can_be_told_is_not_sent():
+    """Attention, a gate with a weight and a squared distance are not sent as numbers; attention that is no softmax is, finely."""
+    t = a_trace()
+    apart = np.square(t.x[:-1][:, t.row] - t.x[:-1][:, t.col]).sum(-1)[:, None]
+    terms = {**t.terms, "geo": (-0.04 * apart * np.ones((1, 2, 1))).astype(np.float32)}
+    e = np.exp(sum(terms.values()).astype(np.float64))
+    share = (e / np.add.reduceat(e, t.indptr[:-1], axis=-1)[..., t.row]).astype(np.float32)
+    known = AttentionTrace(t.row, t.col, share, terms, t.x, t.gate, "H-gate", t.truth)
+    graph = attention_view({"H-gate": known})["graphs"]["H-gate"]
+    assert list(graph["values"]) == ["qk"] and {k: d["of"] for k, d in graph["derived"].items()} == {"gate": "gate", "geo": "distance", "attention": "terms"}
+    for term in ("gate", "geo", "total", "attention"):
+        for query in (0, 7):
+            mine = {int(c): float(x) for r, c, x in zip(t.row, t.col, values(known, term, 1, 1)) if r == query and c != query}
+            marks = attention_marks({"graphs": {"H-gate": graph}, "near": pack(np.zeros((30, 0)), "int32"), "known": False}, {"graph": "H-gate", "recycle": 1, "head": 1, "term": term, "query": query})
+            assert np.allclose(marks["values"], [mine[c] for c in marks["cols"]], atol=1e-4 if term in ("gate", "geo") else graph["values"]["qk"]["step"])
+    odd = AttentionTrace(t.row, t.col, 0.5 * share, terms, t.x, t.gate, "H-gate", t.truth)
+    sent = attention_view({"H-gate": odd})["graphs"]["H-gate"]["values"]["attention"]
+    assert sent["dtype"] == "uint16" and np.abs(unpack(sent) - odd.attention).max() <= sent["step"]
+
+
+def test_views_of_one_miniset_share_what_they_are_sent():
+    traces = {"a": {"H-gate": a_trace(60)}}
+    alone, both = (len(squeeze([e.packed() for e in made])) for made in ([attention_explorer(traces)], [attention_explorer(traces), recycle_player(traces), gate_explorer(traces)]))
+    assert both < 1.15 * alone
 
 
 # ---- marks against the record

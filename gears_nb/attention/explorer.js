@@ -16,7 +16,8 @@ const TYPES = { float32: Float32Array, float64: Float64Array, int32: Int32Array,
 function numbers(packed) {
   if (!packed.numbers) {
     const { buffer, byteOffset, byteLength } = packed.bytes;
-    packed.numbers = new TYPES[packed.dtype](new Uint8Array(buffer, byteOffset, byteLength).slice().buffer);   // aligned for any type
+    const a = packed.numbers = new TYPES[packed.dtype](new Uint8Array(buffer, byteOffset, byteLength).slice().buffer);   // aligned for any type
+    if (packed.changes) for (let i = a.length / packed.shape[0]; i < a.length; i++) a[i] += a[i - a.length / packed.shape[0]];   // whole numbers of a type wrap round
   }
   return packed.numbers;
 }
@@ -37,21 +38,36 @@ const percent = v => (v === null ? "not known" : (100 * v).toFixed(1) + " %");
 
 const TOP = 10, STRONG = 5, SHARE = 0.9, MOST = 40, NEIGHBOURS = 10;
 
-/** Columns and values of the edges of a cell, itself left out. The order of the sums is that of Python, so the numbers are the same to the last bit. */
-function rowValues(graph, query, term, recycle, head) {
-  const [a, b] = numbers(graph.indptr).subarray(query, query + 2), col = numbers(graph.col), E = col.length;
-  const heads = head === "mean" ? range(graph.heads) : [head], names = term === "total" ? graph.terms : [term];
-  const out = { col: [], value: [] };
-  for (let e = a; e < b; e++) {
-    if (col[e] === query) continue;
-    let total = 0;
-    for (const h of heads) for (const name of names) {
-      const p = graph.values[name], [R, H] = p.shape;
-      total += p.low + p.step * numbers(p)[(Math.min(recycle, R - 1) * H + Math.min(h, H - 1)) * E + e];
-    }
-    out.col.push(col[e]);
-    out.value.push(total / heads.length);
+/** Value of a term on edge e of a cell: from the numbers that came, or from what it is a multiple of. */
+function termValue(graph, name, query, e, recycle, head) {
+  if (name in graph.values) {
+    const p = graph.values[name], [R, H, E] = p.shape;
+    return p.low + p.step * numbers(p)[(Math.min(recycle, R - 1) * H + Math.min(head, H - 1)) * E + e];
   }
+  const { of, slope } = graph.derived[name], factor = slope[recycle][head];
+  if (of === "gate") return factor * numbers(graph.gate)[e];
+  const x = numbers(graph.layouts), first = 2 * recycle * graph.layouts.shape[1], to = numbers(graph.col)[e];
+  const dx = x[first + 2 * query] - x[first + 2 * to], dy = x[first + 2 * query + 1] - x[first + 2 * to + 1];
+  return factor * (dx * dx + dy * dy);
+}
+
+/** Columns and values of the edges of a cell, itself left out. The order of the sums is that of Python, so the numbers are the same to the last bits. */
+function rowValues(graph, query, term, recycle, head) {
+  const [a, b] = numbers(graph.indptr).subarray(query, query + 2), col = numbers(graph.col), total = new Float64Array(b - a), level = new Float64Array(b - a);
+  const heads = head === "mean" ? range(graph.heads) : [head], softmax = term === "attention" && "attention" in graph.derived;
+  const names = softmax || term === "total" ? graph.terms : [term];
+  for (const h of heads) {
+    for (let e = a; e < b; e++) { level[e - a] = 0; for (const name of names) level[e - a] += termValue(graph, name, query, e, recycle, h); }
+    if (softmax) {
+      const most = level.reduce((m, v) => Math.max(m, v), -Infinity);
+      let sum = 0;
+      for (let i = 0; i < level.length; i++) sum += level[i] = Math.exp(level[i] - most);
+      for (let i = 0; i < level.length; i++) level[i] /= sum;
+    }
+    for (let i = 0; i < level.length; i++) total[i] += level[i];
+  }
+  const out = { col: [], value: [] };
+  for (let e = a; e < b; e++) if (col[e] !== query) { out.col.push(col[e]); out.value.push(total[e - a] / heads.length); }
   return out;
 }
 
@@ -74,14 +90,28 @@ function kept(gate, a, b, beta) {
   return count;
 }
 
+/** Candidates of each cell, itself left out, the highest logit first; kept beside the data for the next call. */
+function rankedCandidates(data) {
+  if (!data.ranked) {
+    const from = numbers(data.indptr), to = numbers(data.col), g = numbers(data.gate), out = { indptr: [0], col: [], gate: [], hit: [] };
+    for (let i = 0; i < data.n; i++) {
+      const mine = range(from[i + 1] - from[i]).map(e => from[i] + e).filter(e => to[e] !== i).sort((a, b) => g[b] - g[a] || to[a] - to[b]), near = new Set(row(data.near, i));
+      for (const e of mine) { out.col.push(to[e]); out.gate.push(g[e]); out.hit.push(Number(near.has(to[e]))); }
+      out.indptr.push(out.col.length);
+    }
+    data.ranked = out;
+  }
+  return data.ranked;
+}
+
 /** Per cell: first candidate, and how many the rule keeps without a bound by k. */
 function keptRows(data, beta) {
-  const indptr = numbers(data.indptr), gate = numbers(data.gate);
+  const { indptr, gate } = rankedCandidates(data);
   return range(data.n).map(i => [indptr[i], kept(gate, indptr[i], indptr[i + 1], beta)]);
 }
 
 function countKept(data, rows, k) {
-  const hit = numbers(data.hit), share = (part, whole) => (data.known && whole ? part / whole : null);
+  const { hit } = rankedCandidates(data), share = (part, whole) => (data.known && whole ? part / whole : null);
   let edges = 0, hits = 0;
   for (const [first, many] of rows) {
     const m = Math.min(many, k);
@@ -107,7 +137,7 @@ const MARKS = {
   },
   gate(data, s) {
     const rows = keptRows(data, s.beta), [first, many] = rows[s.query];
-    const cols = Array.from(numbers(data.col).subarray(first, first + Math.min(many, s.k)));
+    const cols = rankedCandidates(data).col.slice(first, first + Math.min(many, s.k));
     return { ...countKept(data, rows, s.k), cols, neighbours: row(data.near, s.query) };
   },
   reconstruction(data, s) {
@@ -364,7 +394,7 @@ const FIGURES = {
   },
 
   gate(data, s, m, look) {
-    const places = columns(data.places), rows = keptRows(data, s.beta), col = numbers(data.col), hit = numbers(data.hit), good = { x: [], y: [] }, bad = { x: [], y: [] };
+    const places = columns(data.places), rows = keptRows(data, s.beta), { col, hit } = rankedCandidates(data), good = { x: [], y: [] }, bad = { x: [], y: [] };
     rows.forEach(([first, many], i) => {
       if (s.show === "query" && i !== s.query) return;
       for (let e = first; e < first + Math.min(many, s.k); e++) {

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['Packed', 'TOP', 'STRONG', 'SHARE', 'MOST', 'GENES', 'POINTS', 'LEVELS', 'GROUPS', 'VIEWS', 'MARKS', 'TITLES', 'pack',
-           'pack_steps', 'unpack', 'check_traces', 'attention_view', 'row_values', 'strongest', 'attention_marks',
-           'layout_energies', 'recycles_view', 'recycles_marks', 'gate_weight', 'gate_view', 'kept', 'gate_marks',
-           'placed_cells', 'reconstruction_view', 'reconstruction_marks', 'stretch', 'distortion_view',
-           'distortion_marks', 'start', 'fit_state']
+__all__ = ['Packed', 'CLOSE', 'TOP', 'STRONG', 'SHARE', 'MOST', 'GENES', 'POINTS', 'LEVELS', 'GROUPS', 'VIEWS', 'MARKS', 'TITLES',
+           'pack', 'pack_steps', 'whole', 'unpack', 'check_traces', 'attention_view', 'row_values', 'strongest',
+           'attention_marks', 'layout_energies', 'recycles_view', 'recycles_marks', 'gate_weight', 'gate_view',
+           'ranked_candidates', 'kept', 'gate_marks', 'placed_cells', 'reconstruction_view', 'reconstruction_marks',
+           'stretch', 'distortion_view', 'distortion_marks', 'start', 'fit_state']
 
 # %% ../../nbs/attention/05_views.ipynb #1d1f96d4
 Packed = dict[str, Any]
@@ -38,20 +38,30 @@ def pack(a: np.ndarray, dtype: str = "float32") -> Packed:
     return {"dtype": dtype, "shape": list(a.shape), "bytes": a.tobytes()}
 
 
-def pack_steps(a: np.ndarray) -> Packed:
-    "An array in 65536 steps of equal size, `low + step * q`; leading axes along which it does not change have length 1."
+def pack_steps(a: np.ndarray, steps: int = 255) -> Packed:
+    """An array in `steps` (255 or 65535) steps of equal size, `low + step * q`; leading axes along which it does not change have length 1.
+
+    `changes`: along the first axis the differences of `q` are kept, modulo the number of values that the type has."""
     for axis in range(a.ndim - 1):
         first = a.take([0], axis)
         a = first if (a == first).all() else a
     low, high = float(a.min(initial=0.0)), float(a.max(initial=0.0))
-    step = (high - low) / 65535 or 1.0
-    return pack(np.rint((a.astype(np.float64) - low) / step), "uint16") | {"low": low, "step": step}
+    step = (high - low) / steps or 1.0
+    q = np.rint((a.astype(np.float64) - low) / step).astype(f"uint{8 if steps < 256 else 16}")
+    if len(q) > 1:
+        q[1:] = q[1:] - q[:-1]  # whole numbers of a type wrap round
+    return pack(q, q.dtype.name) | {"low": low, "step": step, "changes": len(q) > 1}
+
+
+def whole(p: Packed) -> np.ndarray:
+    "The numbers of a packed array, in steps where it is stepped."
+    a = np.frombuffer(p["bytes"], p["dtype"]).reshape(p["shape"]).copy()
+    return np.cumsum(a, 0, dtype=a.dtype) if p.get("changes") else a
 
 
 def unpack(p: Packed) -> np.ndarray:
     "The array as the browser reads it; stepped ones come back as float64."
-    a = np.frombuffer(p["bytes"], p["dtype"]).reshape(p["shape"]).copy()
-    return a if "step" not in p else p["low"] + p["step"] * a
+    return p["low"] + p["step"] * whole(p) if "step" in p else whole(p)
 
 # %% ../../nbs/attention/05_views.ipynb #ec39456e
 def _turned(x: np.ndarray, places: np.ndarray | None) -> np.ndarray:
@@ -81,6 +91,49 @@ def check_traces(traces: Mapping[str, AttentionTrace]) -> None:
     if wrong:
         raise InputError("explorer", wrong[0], f"holds a {traces[wrong[0]].graph} record of {traces[wrong[0]].n} cells", "give the records of one miniset under the names of their graphs")
 
+# %% ../../nbs/attention/05_views.ipynb #79e11889
+CLOSE = 1e-3  # of its range: error below which a term is taken as a multiple of something that is there
+
+
+def _multiple(term: np.ndarray, of: np.ndarray) -> np.ndarray | None:
+    "Factors `(R, h)` by which `of` `(R or 1, 1, E)` gives `term` `(R, h, E)`, or None if it does not."
+    of = of.astype(np.float64)
+    slope = (term * of).sum(-1) / np.maximum((of * of).sum(-1), 1e-12)
+    return slope if np.abs(term - slope[..., None] * of).max(initial=0.0) <= CLOSE * max(np.ptp(term), 1e-9) else None
+
+
+def _softmax(trace: AttentionTrace) -> np.ndarray:
+    "Attention as the terms of the record say it must be, `(R, h, E)`."
+    level = sum(t.astype(np.float64) for t in trace.terms.values())
+    e = np.exp(level - np.maximum.reduceat(level, trace.indptr[:-1], axis=-1)[..., trace.row])
+    return e / np.add.reduceat(e, trace.indptr[:-1], axis=-1)[..., trace.row]
+
+
+def _edges(trace: AttentionTrace) -> dict[str, Packed]:
+    "Where each row begins and its columns."
+    return {"indptr": pack(trace.indptr, "int32"), "col": pack(trace.col, "uint16" if trace.n <= 2**16 else "int32")}
+
+
+def _graph(trace: AttentionTrace, places: np.ndarray | None) -> dict[str, Any]:
+    "A record on one graph: edges, layouts (turned), and each term as `values`, or under `derived` as how to get it."
+    layouts = _turned(trace.x, places).astype(np.float32)
+    ends = layouts[:-1].astype(np.float64)
+    known = {"distance": np.square(ends[:, trace.row] - ends[:, trace.col]).sum(-1)[:, None]}
+    known |= {} if trace.gate is None else {"gate": trace.gate[None, None]}
+    derived, values = {}, {}
+    for name, term in trace.terms.items():
+        slopes = {of: s for of, numbers in known.items() if (s := _multiple(term, numbers)) is not None}
+        if slopes:
+            derived[name] = {"of": next(iter(slopes)), "slope": next(iter(slopes.values())).tolist()}
+        else:
+            values[name] = pack_steps(term)
+    if trace.terms and np.abs(_softmax(trace) - trace.attention).max() < 1e-5:
+        derived["attention"] = {"of": "terms"}
+    else:
+        values["attention"] = pack_steps(trace.attention, 65535)
+    gate = {"gate": pack(trace.gate)} if any(d["of"] == "gate" for d in derived.values()) else {}
+    return _edges(trace) | gate | {"recycles": trace.recycles, "heads": trace.heads, "terms": list(trace.terms), "layouts": pack(layouts), "values": values, "derived": derived}
+
 # %% ../../nbs/attention/05_views.ipynb #ecd90a33
 TOP = 10  # strongest edges that the attention explorer draws
 
@@ -88,25 +141,39 @@ TOP = 10  # strongest edges that the attention explorer draws
 def attention_view(traces: Mapping[str, AttentionTrace]) -> dict[str, Any]:
     "One miniset for the attention explorer. Raises `InputError` for records that do not belong together."
     check_traces(traces)
-    graphs = {}
-    for name, t in traces.items():
-        terms = {"attention": t.attention, **t.terms}
-        graphs[name] = {"indptr": pack(t.indptr, "int32"), "col": pack(t.col, "int32"), "recycles": t.recycles, "heads": t.heads,
-                        "terms": list(t.terms), "values": {k: pack_steps(v) for k, v in terms.items()}}
-    return _stage(traces) | {"graphs": graphs}
+    stage = _stage(traces)
+    places = unpack(stage["places"]).astype(np.float64) if stage["known"] else None
+    return stage | {"graphs": {name: _graph(t, places) for name, t in traces.items()}}
+
+
+def _term(graph: Mapping[str, Any], name: str, query: int, edges: slice, recycle: int, head: int) -> np.ndarray:
+    "Values (float64) of a term on the edges of a cell, itself included."
+    if name in graph["values"]:
+        p = graph["values"][name]
+        q = whole(p)[min(recycle, p["shape"][0] - 1), min(head, p["shape"][1] - 1), edges]
+        return p["low"] + p["step"] * q
+    slope = graph["derived"][name]["slope"][recycle][head]
+    if graph["derived"][name]["of"] == "gate":
+        return slope * unpack(graph["gate"])[edges].astype(np.float64)
+    x = unpack(graph["layouts"])[recycle].astype(np.float64)
+    d = x[query] - x[unpack(graph["col"])[edges]]
+    return slope * (d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1])
 
 
 def row_values(graph: Mapping[str, Any], query: int, term: str, recycle: int, head: int | str) -> tuple[np.ndarray, np.ndarray]:
     "Columns and values (float64) of the edges of `query` in a packed graph, itself left out; `head`: number or `mean`; `term` as in `attention.trace.values`."
     a, b = unpack(graph["indptr"])[query : query + 2]
-    col = unpack(graph["col"])[a:b]
+    col, total = unpack(graph["col"])[a:b].astype(int), np.zeros(b - a)
     heads = range(graph["heads"]) if head == "mean" else [head]
-    total = np.zeros(b - a)
+    softmax = term == "attention" and "attention" in graph["derived"]
     for h in heads:
-        for name in graph["terms"] if term == "total" else [term]:
-            p = graph["values"][name]
-            q = np.frombuffer(p["bytes"], p["dtype"]).reshape(p["shape"])[min(recycle, p["shape"][0] - 1), min(h, p["shape"][1] - 1), a:b]
-            total = total + (p["low"] + p["step"] * q)
+        level = np.zeros(b - a)
+        for name in graph["terms"] if softmax or term == "total" else [term]:
+            level = level + _term(graph, name, query, slice(a, b), recycle, h)
+        if softmax:
+            level = np.exp(level - level.max())
+            level = level / np.cumsum(level)[-1]  # one after the other, as in the browser
+        total = total + level
     return col[col != query], (total / len(heads))[col != query]
 
 
@@ -140,13 +207,10 @@ def recycles_view(traces: Mapping[str, AttentionTrace], energies: Mapping[str, l
     "One miniset for the recycle player; `energies`: of `layout_energies`, if they are already there."
     check_traces(traces)
     energies = layout_energies(traces) if energies is None else energies
-    stage, graphs = _stage(traces), {}
-    places = unpack(stage["places"]).astype(np.float64) if stage["known"] else None
+    view = attention_view(traces)
     for name, t in traces.items():
-        graphs[name] = {"indptr": pack(t.indptr, "int32"), "col": pack(t.col, "int32"), "recycles": t.recycles, "heads": 1, "terms": [],
-                        "values": {"attention": pack_steps(t.attention.mean(1, keepdims=True))}, "layouts": pack(_turned(t.x, places)),
-                        "step": step_size(t).tolist(), "energy": energies.get(name)}
-    return stage | {"graphs": graphs}
+        view["graphs"][name] |= {"step": step_size(t).tolist(), "energy": energies.get(name)}
+    return view
 
 
 def recycles_marks(data: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,19 +231,24 @@ def gate_weight(trace: AttentionTrace) -> float:
 
 
 def gate_view(traces: Mapping[str, AttentionTrace]) -> dict[str, Any]:
-    "One miniset for the gate explorer: candidates of each cell, itself left out, the highest logit first. Raises `InputError` if no record has a gate."
+    "One miniset for the gate explorer: its edges and their logits. Raises `InputError` if no record has a gate."
     check_traces(traces)
     t = traces.get("H-gate")
     if t is None or t.gate is None or "gate" not in t.terms:
         raise InputError("explorer", "gate", "no record of these has a gate", 'give {"H-gate": record} of a model with one')
-    order = np.lexsort((t.col, -t.gate, t.row))
-    order = order[t.row[order] != t.col[order]]
-    indptr = np.searchsorted(t.row[order], np.arange(t.n + 1))
-    near = np.zeros((t.n, t.n), bool)
-    stage = _stage(traces)
-    if stage["known"]:
-        np.put_along_axis(near, unpack(stage["near"]), True, 1)
-    return stage | {"indptr": pack(indptr, "int32"), "col": pack(t.col[order], "int32"), "gate": pack(t.gate[order]), "hit": pack(near[t.row[order], t.col[order]], "uint8"), "beta": round(gate_weight(t), 2)}
+    return _stage(traces) | _edges(t) | {"gate": pack(t.gate), "beta": round(gate_weight(t), 2)}
+
+
+def ranked_candidates(data: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    "Candidates of each cell, itself left out, the highest logit first: `indptr`, `col`, `gate` (float64), and `hit`: whether it is a true neighbour."
+    n, col, gate = data["n"], unpack(data["col"]).astype(int), unpack(data["gate"])
+    row = np.repeat(np.arange(n), np.diff(unpack(data["indptr"])))
+    order = np.lexsort((col, -gate, row))
+    order = order[row[order] != col[order]]
+    near = np.zeros((n, n), bool)
+    if data["known"]:
+        np.put_along_axis(near, unpack(data["near"]), True, 1)
+    return {"indptr": np.searchsorted(row[order], np.arange(n + 1)), "col": col[order], "gate": gate[order].astype(np.float64), "hit": near[row[order], col[order]]}
 
 
 def kept(gate: np.ndarray, beta: float) -> int:
@@ -190,12 +259,13 @@ def kept(gate: np.ndarray, beta: float) -> int:
 # %% ../../nbs/attention/05_views.ipynb #0413f40a
 def gate_marks(data: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     "`edges` kept, `precision`, `recall`, `ceiling` (None without truth or edges), and the kept `cols` of the query cell."
-    indptr, gate, hit = unpack(data["indptr"]).tolist(), unpack(data["gate"]).astype(np.float64), unpack(data["hit"])
+    indptr, col, gate, hit = ranked_candidates(data).values()
+    indptr = indptr.tolist()
     rows = [slice(a, a + min(kept(gate[a:b], state["beta"]), state["k"])) for a, b in zip(indptr[:-1], indptr[1:])]
     edges, hits, wanted = sum(r.stop - r.start for r in rows), sum(int(hit[r].sum()) for r in rows), int(np.prod(data["near"]["shape"]))
     share = lambda part, whole: part / whole if data["known"] and whole else None
     return {"edges": edges, "hits": hits if data["known"] else None, "precision": share(hits, edges), "recall": share(hits, wanted), "ceiling": share(int(hit.sum()), wanted),
-            "cols": unpack(data["col"])[rows[state["query"]]].tolist(), "neighbours": unpack(data["near"])[state["query"]].tolist()}
+            "cols": col[rows[state["query"]]].tolist(), "neighbours": unpack(data["near"])[state["query"]].tolist()}
 
 # %% ../../nbs/attention/05_views.ipynb #559aa180
 GENES, POINTS, LEVELS = 12, 3000, 30  # genes shipped, cells drawn, levels of a category at most
