@@ -181,7 +181,7 @@ def _crowd_size(count: np.ndarray) -> float:
     steps = np.unique(count)
     for low, high in zip(steps, steps[1:]):
         rare = (count >= high).sum() <= max(1, 0.05 * len(count))
-        if high >= 3 * low and rare and (usual == 1 or high >= 10 * median):
+        if high >= 3 * low and rare and (usual <= 2 or high >= 10 * median):
             return float(high)
     return np.inf
 
