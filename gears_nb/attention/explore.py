@@ -85,10 +85,9 @@ def model_folder(source: Path, model_dir: str | Path | None = None) -> Path | No
 
 
 def _made_by(table: AnnData, model: Gears) -> bool:
-    "Whether `table` carries the settings of `model` and embeddings of its length."
-    from gears_nb.core.config import to_dict
-    about = table.uns.get("gears", {}).get("config")
-    same = about is not None and json.loads(about) == json.loads(json.dumps(to_dict(model.config)))
+    "Whether `table` was placed by `model` (trained on the same slides with the same settings; those of the layout may differ) and carries embeddings of its length."
+    about = table.uns.get("gears", {}).get("model")
+    same = about is not None and json.loads(about) == model.fitted.origin
     return same and "H_gears" in table.obsm and table.obsm["H_gears"].shape[1] == model.fitted.cloud.shape[1]
 
 # %% ../../nbs/attention/08_explore.ipynb #6a13e7a5
