@@ -159,7 +159,7 @@ def _term(graph: Mapping[str, Any], name: str, query: int, edges: slice, recycle
     d = x[query] - x[unpack(graph["col"])[edges]]
     return slope * (d[:, 0] * d[:, 0] + d[:, 1] * d[:, 1])
 
-
+# %% ../../nbs/attention/05_views.ipynb #8f3fd3f8
 def row_values(graph: Mapping[str, Any], query: int, term: str, recycle: int, head: int | str) -> tuple[np.ndarray, np.ndarray]:
     "Columns and values (float64) of the edges of `query` in a packed graph, itself left out; `head`: number or `mean`; `term` as in `attention.trace.values`."
     a, b = unpack(graph["indptr"])[query : query + 2]

@@ -52,7 +52,7 @@ class _Parts:
             self.parts.append(out)
         return {"$same": self.number[text]}
 
-
+# %% ../../nbs/core/10_page.ipynb #f5083779
 def _key(key: Any) -> str:
     "A key of the data beside those of references: one more `$` in front of its own."
     return f"${key}" if str(key).startswith("$") else str(key)
