@@ -204,6 +204,8 @@ def test_a_map_needs_four_cells(n, here, home, capsys):
 
 
 def test_a_handful_is_placed_and_called_rough(here, home, capsys):
+    assert place(here, cells_of(home)[:12].copy(), "twelve.h5ad", "--report", str(here / "twelve.html")) == 0
+    assert "Spearman" in (here / "twelve.html").read_text()
     assert place(here, cells_of(home)[:6].copy(), "out.h5ad", "--report", str(here / "out.html")) == 0
     assert "6 cells are few" in capsys.readouterr().err
     assert np.isfinite(where(here / "out.h5ad")).all()

@@ -400,7 +400,8 @@ def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: G
         elif place is not None:
             both = compared(X, place)
             scores[title] = [score_row(X[both], place[both], protocol="own", dataset=title, method="gears", seed=seed)]
-            risk[title] = risk_coverage(X[both], place[both], table.obs["gears_confidence"].to_numpy()[both])
+            if both.sum() >= 20:  # fewer make no curve
+                risk[title] = risk_coverage(X[both], place[both], table.obs["gears_confidence"].to_numpy()[both])
         views.append(tissue_view(title, table, place, slides[0] if place is None and slides else None, genes, seed=seed))
     return render_report(f"{name}, reconstructed", views, subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
                          histories=model.history, diagnostics=_story(result, list(parts)), footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
