@@ -1,4 +1,13 @@
-# make demo | test | lab | lint | export-check | readme | clean.  Everything lives in .venv; a second call installs nothing.
+# make demo      a simulated tissue, reconstructed, scored and shown
+# make test      lint and types, then every test and every notebook
+# make lab       the notebooks in JupyterLab
+# make lint      ruff (ruff.toml) and mypy (mypy.ini); make types: mypy alone
+# make export    the package from the notebooks; make export-check: is it what they export?
+# make readme    README.md and the pages of results from the numbers on file
+# make coverage  which lines the tests reach; ARGS="tests/test_core.py" for some of them
+# make docs      the notebooks as a website in _docs/
+# make clean     all that can be made again
+# Everything lives in .venv; a second call installs nothing.
 SHELL  := /bin/bash
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,16 +16,15 @@ STAMP  := $(VENV)/.installed-$(shell cat $(RECIPE) | cksum | cut -d' ' -f1)
 # the first interpreter between 3.10 and 3.12; override with  make PYTHON=/path/to/python3.11 demo
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
-RUFF_FLAGS := --line-length 140 --target-version py310 --select E4,E7,E9,F,B,UP --ignore E402,E701,E702,E731,E741,F403,F405,B905,B008
 
 # the tensors are small: one thread is fastest, and two threads that wait for a busy core are very slow
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 
-.PHONY: help install demo test lab lint export export-check readme clean
+.PHONY: help install demo test lab lint types coverage export export-check readme docs clean
 
 help:
-	@grep -E '^# make' Makefile | sed 's/^# //'
+	@grep -E '^# (make|Everything)' Makefile | sed 's/^# //'
 
 install: $(STAMP)
 
@@ -38,8 +46,16 @@ test: $(STAMP) lint
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --notebook-dir=nbs
 
-lint: $(STAMP)
-	@$(BIN)/ruff check --quiet $(RUFF_FLAGS) nbs tests setup.py
+lint: $(STAMP) types
+	@$(BIN)/ruff check --quiet nbs tests gears_nb setup.py
+
+types: $(STAMP)
+	@$(BIN)/mypy --no-error-summary
+
+ARGS ?= tests
+coverage: $(STAMP)
+	@mkdir -p .coverage && rm -f .coverage/*
+	@$(BIN)/coverage run -m pytest -q $(ARGS); status=$$?; $(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $$status
 
 export: $(STAMP)
 	@$(BIN)/nbdev_export
@@ -52,5 +68,5 @@ readme: $(STAMP)
 	@$(BIN)/python -m gears_nb.runs.readme
 
 clean:
-	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -10,6 +10,10 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 readme = here / "README.md"
 
+extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
+extras["all"] = sorted({*extras["lab"], *extras["view"], *extras["parquet"]})
+extras["dev"] += extras["all"]
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -22,7 +26,7 @@ setup(
     package_data={"gears_nb.attention": ["*.js", "*.css"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
