@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.results import load_results, repo_root
+from ..core.results import repo_root
 from ..core.store import atomic_path
 
 # %% auto #0
-__all__ = ['visible_cells', 'from_root', 'readme_text', 'wins_and_losses', 'first_light_table', 'execute_index', 'main']
+__all__ = ['visible_cells', 'from_root', 'readme_text', 'execute_index', 'main']
 
 # %% ../../nbs/runs/07_readme.ipynb #6ca1d994
 def visible_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -53,24 +53,6 @@ def readme_text(notebook: Path | None = None) -> str:
     return "\n".join(line for i, line in enumerate(lines) if line or (i and lines[i - 1])).strip() + "\n"
 
 
-def wins_and_losses(ranks: dict[str, dict[str, float]]) -> str:
-    """One sentence per side: the tasks (`{task: {method: mean rank}}`) where ours is first, and those where it is behind whom."""
-    best = {task: min(by, key=by.get) for task, by in ranks.items()}
-    won = [task for task, method in best.items() if method == "gears"]
-    lost = [f"{task} ({ranks[task]['gears']:.1f}; {method} {ranks[task][method]:.1f})" for task, method in best.items() if method != "gears"]
-    return f"Best mean rank: {', '.join(won) or 'nowhere'}. Behind: {', '.join(lost) or 'nowhere'}."
-
-
-def first_light_table() -> str:
-    """The benchmark's tables on file as Markdown, one per task, after wins and losses; one sentence when there are none."""
-    from gears_nb.benchmark.compare import mean_rank, table
-    record = load_results().get("benchmark/first_light")
-    if record is None:
-        return "No measurements on file yet; `gears run first_light` makes them."
-    rows = record["metrics"]["rows"]
-    ranks = mean_rank(rows)
-    return "\n\n".join([wins_and_losses(ranks), *(f"**{task}**\n\n{table(rows, task)}" for task in ranks)])
-
 # %% ../../nbs/runs/07_readme.ipynb #4efd6eca
 def execute_index(path: Path) -> None:
     """Run the index notebook and store its outputs in place; metadata and cell ids stay as they are."""
@@ -89,9 +71,10 @@ def execute_index(path: Path) -> None:
 
 
 def main() -> int:
-    """Execute the index and write README.md. Exit code 0."""
+    """Execute the index and the page of tables, and write README.md. Exit code 0."""
     root = repo_root()
-    execute_index(root / "nbs" / "index.ipynb")
+    for page in ("index.ipynb", "runs/10_tables.ipynb"):
+        execute_index(root / "nbs" / page)
     with atomic_path(root / "README.md") as tmp:
         Path(tmp).write_text(readme_text(), encoding="utf-8")
     return 0
