@@ -67,6 +67,13 @@ export-check: $(STAMP)
 readme: $(STAMP)
 	@$(BIN)/python -m gears_nb.runs.readme
 
+# MkDocs is an extra of its own: it comes with the first call
+docs: $(STAMP)
+	@$(BIN)/python -c 'import mkdocs, mkdocs_jupyter' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m gears_nb.runs.readme --site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "_docs/index.html"
+
 clean:
 	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..core.results import repo_root
 from ..core.store import atomic_path
 
 # %% auto #0
-__all__ = ['visible_cells', 'from_root', 'readme_text', 'execute_index', 'main']
+__all__ = ['visible_cells', 'from_root', 'readme_text', 'execute_index', 'site_notebook', 'stage_site', 'main']
 
 # %% ../../nbs/runs/07_readme.ipynb #6ca1d994
 def visible_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,9 +26,9 @@ def visible_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for cell in copy.deepcopy(cells):
         lines = "".join(cell["source"]).splitlines()
         marks = {line[2:].strip() for line in lines if line.startswith("#|")}
-        if marks & {"hide", "include: false"} or (cell["cell_type"] == "code" and not lines):
-            continue
         cell["source"] = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
+        if marks & {"hide", "include: false"} or (cell["cell_type"] == "code" and not cell["source"]):
+            continue
         if "echo: false" in marks:
             cell["metadata"] = {**cell["metadata"], "transient": {"remove_source": True}}
         shown.append(cell)
@@ -70,9 +71,43 @@ def execute_index(path: Path) -> None:
         Path(tmp).write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
 
 
+# %% ../../nbs/runs/07_readme.ipynb #40339cb2
+def site_notebook(content: dict[str, Any]) -> dict[str, Any]:
+    """A notebook as the website shows it: visible cells, links to pages; a cell whose source is not shown carries the tag `remove_input`."""
+    cells = visible_cells(content["cells"])
+    for cell in cells:
+        if cell["metadata"].pop("transient", None):
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "remove_input"]
+        if cell["cell_type"] == "markdown":
+            cell["source"] = re.sub(r"(\]\((?!https?:)[^)\s]+)\.ipynb", r"\1.html", cell["source"])
+    return {**content, "cells": cells}
+
+
+def stage_site(folder: Path) -> int:
+    """Lay out what MkDocs reads below `folder` (emptied first): README as `index.md`, pages, figures, notebooks. Returns the number of notebooks."""
+    root, count = repo_root(), 0
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(root / "figures", folder / "figures", ignore=shutil.ignore_patterns("results.json", "rows"))
+    shutil.copy(root / "CITATION.cff", folder)
+    for page in root.glob("*.md"):
+        shutil.copy(page, folder / ("index.md" if page.name == "README.md" else page.name))
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        if any(part[0] in "._" for part in path.relative_to(root).parts) or path == root / "nbs" / "index.ipynb":
+            continue
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(site_notebook(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+        count += 1
+    return count
+
+
+# %% ../../nbs/runs/07_readme.ipynb #47dfa22b
 def main() -> int:
-    """Execute the index and the page of tables, and write README.md. Exit code 0."""
+    """Execute the index and the page of tables, and write README.md; with `--site` stage the website in `_proc/`. Exit code 0."""
     root = repo_root()
+    if "--site" in sys.argv[1:]:
+        print(f"{stage_site(root / '_proc')} notebooks")
+        return 0
     for page in ("index.ipynb", "runs/10_tables.ipynb"):
         execute_index(root / "nbs" / page)
     with atomic_path(root / "README.md") as tmp:
