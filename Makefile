@@ -75,5 +75,5 @@ docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "_docs/index.html"
 
 clean:
-	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage
+	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage .cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
