@@ -236,7 +236,7 @@ Gears(t.settings(**{{"encoder.kind": "network"}})).fit(slides, cells)
     ("module", "loss", "at", "untouched"),
     [
         ("gears_nb.encoder.model", "encoder_loss", 6, None),  # second epoch of four steps
-        ("gears_nb.structure.fit", "geometry_loss", 4, "gears_nb.encoder.model.encoder_loss"),
+        ("gears_nb.structure.rungs", "guess_loss", 6, "gears_nb.encoder.model.encoder_loss"),
     ],
 )
 def test_kill_minus_nine_then_the_same_call_gives_the_same_coordinates(tmp_path, monkeypatch, networked, data, module, loss, at, untouched):

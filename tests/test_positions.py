@@ -30,7 +30,7 @@ from gears_nb.data.validate import (
     validate_slide,
 )
 from gears_nb.encoder.probes import morans_i
-from gears_nb.structure.fit import Reference
+from gears_nb.models.batches import Reference
 
 
 def spots(C: object, n: int | None = None, **obs: object) -> ad.AnnData:

@@ -23,7 +23,7 @@ from gears_nb.reconstruct.patches import build_graph, sample_patches
 from gears_nb.reconstruct.patchwise import estimate_memory, patch_geometry, reconstruct
 from gears_nb.reconstruct.solve import canonical, classical_mds, huber_solve, landmark_isomap
 from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
-from gears_nb.structure.protocol import Geometry, GeometryModel
+from gears_nb.models.contract import Geometry, GeometryModel, NoSettings
 
 PATCHES = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=16)
 SOLVE = SolveConfig(iterations=200, landmarks=64, even=0)
@@ -33,7 +33,7 @@ class Oracle(GeometryModel):
     """True coordinates (the first two columns of H) with noise, randomly rotated or mirrored, in unit-RMS gauge."""
 
     def __init__(self, noise: float = 0.0, uneven: bool = False, spoil: int | None = None, explicit: bool = False):
-        super().__init__()
+        super().__init__(2, NoSettings())
         self.noise, self.uneven, self.spoil, self.explicit, self.calls = noise, uneven, spoil, explicit, 0
 
     def forward(self, H, mask=None, rng=None):

@@ -9,7 +9,8 @@ from torch import nn
 from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
 from gears_nb.core.gauge import gauge_fix
-from gears_nb.structure.fit import Reference, fit_ensemble, fit_member, phases
+from gears_nb.models.batches import Reference, Run
+from gears_nb.models.fit import fit_ensemble, fit_member
 from gears_nb.structure.gate import GateLogits, candidate_mask, oracle_edges
 from gears_nb.structure.ipa import (
     EgnnBlock,
@@ -19,7 +20,9 @@ from gears_nb.structure.ipa import (
     attention_bias,
     neighbour_walk,
 )
-from gears_nb.structure.protocol import MODELS, check_geometry_model, geometry_loss, mean_energy
+from gears_nb.models.catalogue import MODELS
+from gears_nb.models.conformance import check_geometry_model
+from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.structure.rungs import RUNGS, Ladder, Rung, beta_share, gate_loss, make_gate, rung
 from gears_nb.targets.builder import build_targets, log_support, log_walk, squared_distances
 
@@ -486,7 +489,7 @@ def test_rungs_run_through_their_phases(name, expected):
 
 
 def test_phases_touch_what_they_should(monkeypatch):
-    import gears_nb.structure.fit as module
+    import gears_nb.models.fit as module
 
     H, coords = toy_slides()
     changed, right = {}, module.train
@@ -506,9 +509,8 @@ def test_phases_touch_what_they_should(monkeypatch):
 def test_warm_up_has_little_gate_and_no_walk():
     choice = rung("topo", warm_epochs=1)
     model = awake(choice).train()
-    H, coords = toy_slides()
-    warm = phases(model, SMOKE.structure, SMOKE.targets, [Reference(*s) for s in zip(H, coords)])["warm"]
-    terms = warm.loss(model, world(), 7, seeded())
+    warm = {stage.name: stage for stage in model.stages(Run(SMOKE.structure, SMOKE.targets))}["warm"]
+    terms = warm.turns(model, world(), 7, seeded())
     assert model.ramped.item() == choice.beta_start
     weightless = sum(terms[k].item() * w for k, w in (("stress", 1.0), ("stress0", 0.5)))
     assert terms["loss"].item() >= weightless and terms["rw"].item() > 0

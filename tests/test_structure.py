@@ -28,13 +28,9 @@ from gears_nb.structure.ipa import (
     entropy_deficit,
     rw_weight,
 )
-from gears_nb.structure.protocol import (
-    MODELS,
-    check_geometry_model,
-    geometry_loss,
-    mean_energy,
-    model_class,
-)
+from gears_nb.models.catalogue import MODELS, model_class
+from gears_nb.models.conformance import check_geometry_model
+from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.structure.rungs import (
     D7,
     RUNGS,

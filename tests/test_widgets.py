@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gears_nb.attention.browser import chromium, watch_network, why_no_browser
 from gears_nb.attention.export import page, write_html
-from gears_nb.attention.trace import AttentionTrace, step_size, values
+from gears_nb.models.trace import AttentionTrace, step_size, values
 from gears_nb.attention.views import (
     MARKS,
     MOST,

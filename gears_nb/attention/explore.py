@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .trace import AttentionTrace, load_trace, record, save_trace
+from ..models.trace import AttentionTrace, load_trace, save_trace
 from ..core.errors import InputError, option
 from ..core.page import page as whole_page
 from ..core.store import Store
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from gears_nb.attention.widgets import Explorer
     from gears_nb.reconstruct.facade import Gears
-    from gears_nb.structure.rungs import Ladder
+    from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
 __all__ = ['MOST', 'reconstructions', 'model_folder', 'true_places', 'records', 'keep_records', 'kept_records', 'Found', 'gather',
@@ -95,7 +95,7 @@ def _drawn(table: AnnData, size: int, count: int, shares: Sequence[float], seed:
     "Rows of `table` `(count, size)`: minisets of cells that have a position, drawn by seed on the predicted layout."
     import torch
     from gears_nb.core.seeding import stream_seed
-    from gears_nb.structure.fit import Reference
+    from gears_nb.models.batches import Reference
     kept = np.flatnonzero(np.isfinite(table.obsm["X_gears"]).all(1))
     reference = Reference(table.obsm["H_gears"][kept], table.obsm["X_gears"][kept])
     rng = torch.Generator().manual_seed(stream_seed(seed, "attention", "explore"))
@@ -110,9 +110,9 @@ def true_places(table: AnnData) -> np.ndarray | None:
     return places if places is not None and np.isfinite(places).all() else None
 
 # %% ../../nbs/attention/08_explore.ipynb #3bc51d04
-def records(model: Ladder, table: AnnData, name: str, *, shares: Sequence[float] = (1.0, 0.5), k: int = 15, seed: int = 0, minisets: int = 2,
+def records(model: GeometryModel, table: AnnData, name: str, *, shares: Sequence[float] = (1.0, 0.5), k: int = 15, seed: int = 0, minisets: int = 2,
             size: int = 384) -> dict[str, dict[str, AttentionTrace]]:
-    """Records of `minisets` draws of `size` cells (fewer if the table has fewer) of a reconstruction, by label: H-gate, and T-edge (the true `k` nearest as edges) where the truth is known.
+    """Records of `minisets` draws (none, if the model has nothing to tell) of `size` cells (fewer if the table has fewer) of a reconstruction, by label: H-gate, and T-edge (the true `k` nearest as edges) where the truth is known.
 
     `shares`: part of a miniset that is drawn from the whole tissue, by turns. Small tables make one miniset, since a second would hold the same cells."""
     import torch
@@ -124,9 +124,11 @@ def records(model: Ladder, table: AnnData, name: str, *, shares: Sequence[float]
         about = {"data": name, "seed": seed, "label": f"{name}, miniset {i}", "cells": [str(c) for c in table.obs_names[rows]]}
         h = torch.as_tensor(H[rows], dtype=torch.float32)[None]
         places = None if truth is None else torch.from_numpy(truth[rows])[None]
-        runs = [record(model, h, truth=places, about=about)[0]]
+        runs = model.explain(h, truth=places, about=about)
+        if runs is None:
+            return {}
         if places is not None:
-            runs += record(model, h, truth=places, about=about, edges=oracle_edges(build_targets(places, k=k)))
+            runs += model.explain(h, truth=places, about=about, edges=oracle_edges(build_targets(places, k=k)))
         out[about["label"]] = {run.graph: run for run in runs}
     return out
 
@@ -177,16 +179,15 @@ def gather(source: str | Path, model_dir: str | Path | None = None, seed: int = 
 def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, seed: int, traces: dict[str, dict[str, AttentionTrace]]) -> list[str]:
     "Add the records of all `tables` by the model saved at `place` to `traces`; returns remarks. `named`: the user named the model, so one that does not fit raises `InputError`."
     from gears_nb.reconstruct.facade import Gears
-    from gears_nb.structure.rungs import Ladder
     if place is None:
         return [f"no saved model: attention is not shown ({option('model_dir', 'DIR')} names one)"]
     model, remarks = Gears.load(place), []
     member = model.fitted.models[0]
-    if not isinstance(member, Ladder):
-        return [f"the model in {place} is no rung of the ladder: its attention is not shown"]
     for name, table in tables.items():
         if _made_by(table, model):
-            traces |= records(member, table, name, shares=model.config.structure.global_fraction, k=model.config.targets.k, seed=seed)
+            found = records(member, table, name, shares=model.config.structure.global_fraction, k=model.config.targets.k, seed=seed)
+            remarks += [] if found else [f"the model in {place} ({model.config.structure.model}) does not tell what it looked at"]
+            traces |= found
         elif named:
             raise InputError(place, "folder", f"is not the model that placed {name}: settings or embedding length differ", f"give {option('model_dir')} the folder that was named when the cells were placed")
         else:

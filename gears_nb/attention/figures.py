@@ -13,7 +13,7 @@ import numpy as np
 
 from .measures import with_mean
 from .rules import FAMILIES, NEIGHBOURS, footnote, true_neighbours
-from .trace import AttentionTrace, step_size
+from ..models.trace import AttentionTrace, step_size
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix, procrustes
 from ..core.style import COLOURS, scalebar

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .rules import FAMILIES, edge_families, true_neighbours
-from .trace import AttentionTrace, degrees, entropy, row_std, step_size
+from ..models.trace import AttentionTrace, degrees, entropy, row_std, step_size
 from ..core.errors import InputError
 from ..structure.gateformer import top_hits
 from ..targets.builder import GeoTargets, log_support, log_walk, squared_distances, walk_powers

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .trace import AttentionTrace, by_row
+from ..models.trace import AttentionTrace, by_row
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix
 from ..targets.builder import GeoTargets, directed_edges, neighbour_ranks, squared_distances

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .rules import NEIGHBOURS, gate_entropy, query_cells, true_neighbours
-from .trace import AttentionTrace, step_size
+from ..models.trace import AttentionTrace, step_size
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix, procrustes
 from ..targets.builder import build_targets

@@ -16,7 +16,7 @@ import numpy as np
 import traitlets
 from fastcore.basics import patch
 
-from .trace import AttentionTrace
+from ..models.trace import AttentionTrace
 from .views import MARKS, TITLES, VIEWS, check_traces, distortion_view, fit_state, layout_energies, reconstruction_view, start
 from ..core.errors import InputError
 from ..core.page import plotly_source

@@ -181,6 +181,7 @@ class StructureConfig(Section):
     gate_pretrain: int  # steps of gate pretraining
     train: TrainConfig
     model: str = "d7"
+    options: dict = dataclasses.field(default_factory=dict)  # settings of a model that has its own (`models.contract`)
     guess_lr: float = 2e-3  # step size of the first guess
     global_fraction: tuple[float, ...] = (1.0, 0.5)  # share of spots drawn from the whole slide, by turns
     dim: int = 64  # node state
@@ -307,7 +308,7 @@ def _build(section: type, data: Any, path: str = "") -> Any:
             raise InputError("config", f"{path}{key}", f"is not a field of {section.__name__}", _suggest(str(key), hints))
         values[key] = _build(hints[key], value, f"{path}{key}.") if _is_section(hints[key]) else value
     for f in dataclasses.fields(section):
-        if f.default is dataclasses.MISSING and f.name not in values:
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values:
             raise InputError("config", f"{path}{f.name}", "is missing", "start from a profile, or give it a value")
     return _located(section, values, path)
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from .seeding import stream_seed, torch_rng
 from .store import Store, atomic_path, content_digest
 
 # %% auto #0
-__all__ = ['TrainingError', 'History', 'check_device', 'to_device', 'lr_share', 'train']
+__all__ = ['Loss', 'TrainingError', 'History', 'check_device', 'to_device', 'Turn', 'lr_share', 'train']
 
 # %% ../../nbs/core/07_training.ipynb #677dd3a3
 class TrainingError(RuntimeError):
@@ -57,7 +57,7 @@ class _State:
     "Everything that changes from epoch to epoch."
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]  # one per turn
     epoch: int = 0  # epochs completed
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, torch.Tensor] | None = None
@@ -68,8 +68,9 @@ class _State:
     def tensors(self) -> dict[str, torch.Tensor]:
         "Weights, optimiser moments and best weights under flat names."
         out = {f"model/{k}": v for k, v in self.module.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in moments.items()}
+        for turn, optimizer in enumerate(self.optimizers):
+            for index, moments in optimizer.state_dict()["state"].items():
+                out |= {f"optimizer{turn}/{index}/{k}": torch.as_tensor(v) for k, v in moments.items()}
         return out | {f"best/{k}": v for k, v in (self.best or {}).items()}
 
     def record(self) -> dict[str, Any]:
@@ -86,11 +87,12 @@ def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 def _restore(state: _State, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
     "Put a saved state into `state`, its module and its optimiser."
     state.module.load_state_dict(_under(tensors, "model"))
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in _under(tensors, "optimizer").items():
-        index, name = key.split("/", 1)
-        moments.setdefault(int(index), {})[name] = value
-    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    for turn, optimizer in enumerate(state.optimizers):
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in _under(tensors, f"optimizer{turn}").items():
+            index, name = key.split("/", 1)
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     state.best = _under(tensors, "best") or None
     for name, value in record.items():
         setattr(state, name, value)
@@ -180,16 +182,16 @@ def _finite(value: float, what: str, where: str) -> float:
     return value
 
 
-def _step(fabric: Any, state: _State, losses: dict[str, torch.Tensor], clip: float, where: str) -> dict[str, float]:
-    "One optimiser step on `losses['loss']`; returns every term and the gradient norm as numbers."
+def _step(fabric: Any, optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor], clip: float, where: str) -> dict[str, float]:
+    "One step of an optimiser on `losses['loss']`; returns every term and the gradient norm as numbers."
     numbers = {k: float(v.detach()) for k, v in losses.items()}
     terms = ", ".join(f"{k} {v:.4g}" for k, v in numbers.items())
     _finite(numbers["loss"], "the loss", f"{where} ({terms})")
-    state.optimizer.zero_grad()
+    optimizer.zero_grad()
     fabric.backward(losses["loss"])
-    norm = nn.utils.clip_grad_norm_(state.module.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     numbers["grad_norm"] = _finite(float(norm), "the gradient norm", f"{where} ({terms})")
-    state.optimizer.step()
+    optimizer.step()
     return numbers
 
 # %% ../../nbs/core/07_training.ipynb #e2a49451
@@ -211,13 +213,29 @@ def _average(steps: list[dict[str, float]]) -> dict[str, float | None]:
     return out
 
 # %% ../../nbs/core/07_training.ipynb #f2b54cb5
+Loss = Callable[[nn.Module, Any, int, torch.Generator], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    "One optimiser's turn at a batch, where several alternate: its loss, and the submodules that it moves (none named: all of the module)."
+
+    name: str
+    loss: Loss
+    parts: tuple[str, ...] = ()
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        "What the turn's optimiser moves."
+        return list(module.parameters()) if not self.parts else [p for part in self.parts for p in module.get_submodule(part).parameters()]
+
+
 @dataclass(frozen=True)
 class _Job:
     "What stays the same during a run."
 
     fabric: Any
     batches: Callable[[int, torch.Generator], Iterable[Any]]
-    loss_fn: Callable[..., dict[str, torch.Tensor]]
+    turns: tuple[Turn, ...]
     validate: Callable[[nn.Module], float] | None
     config: TrainConfig
     seed: int
@@ -234,10 +252,21 @@ def lr_share(epoch: int, config: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - rise + 1) / (config.epochs - rise + 1)))
 
 # %% ../../nbs/core/07_training.ipynb #929298ad
+def _turns(job: _Job, state: _State, batch: Any, rng: torch.Generator, where: str) -> dict[str, float]:
+    "Every turn at one batch; terms of the first by their own names, those of later ones under the name of the turn."
+    numbers: dict[str, float] = {}
+    for i, (turn, optimizer) in enumerate(zip(job.turns, state.optimizers, strict=True)):
+        with job.fabric.autocast():
+            losses = turn.loss(state.module, batch, state.epoch, rng)
+        done = _step(job.fabric, optimizer, losses, job.config.grad_clip, where)
+        numbers |= {f"{turn.name}.{k}": v for k, v in done.items()} if i else done
+    return numbers
+
+
 def _epoch(job: _Job, state: _State, bar: Any) -> dict[str, float | None]:
     "Train for one epoch; the averages of all terms."
     e, steps = state.epoch, []
-    for group in state.optimizer.param_groups:
+    for group in (g for optimizer in state.optimizers for g in optimizer.param_groups):
         group["lr"] = job.config.lr * lr_share(e, job.config)
     state.module.train()
     data = job.batches(e, torch_rng(job.seed, job.name, "batches", e))
@@ -245,9 +274,7 @@ def _epoch(job: _Job, state: _State, bar: Any) -> dict[str, float | None]:
     share = 1 / len(data) if hasattr(data, "__len__") and len(data) else 0
     with _global_stream(stream_seed(job.seed, job.name, "global", e), job.fabric.device):
         for b, batch in enumerate(data):
-            with job.fabric.autocast():
-                losses = job.loss_fn(state.module, to_device(batch, job.fabric.device), e, rng)
-            steps.append(_step(job.fabric, state, losses, job.config.grad_clip, f"{job.name or 'training'}: epoch {e}, batch {b}"))
+            steps.append(_turns(job, state, to_device(batch, job.fabric.device), rng, f"{job.name or 'training'}: epoch {e}, batch {b}"))
             bar.update(share)
             bar.set_postfix(loss=f"{steps[-1]['loss']:.4g}", refresh=False)
     if not steps:
@@ -305,7 +332,8 @@ def _on_device(state: _State, config: TrainConfig) -> Iterator[Any]:
     home = next((p.device for p in state.module.parameters()), torch.device("cpu"))
     fabric = _fabric(config)
     state.module.to(fabric.device)
-    state.optimizer.load_state_dict(state.optimizer.state_dict())  # moves the moments to where the weights are
+    for optimizer in state.optimizers:
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the moments to where the weights are
     try:
         yield fabric
     finally:
@@ -324,7 +352,7 @@ def _interruptible(job: _Job, state: _State, checkpoint: _Checkpoint, on_epoch: 
 def train(
     module: nn.Module,
     batches: Callable[[int, torch.Generator], Iterable[Any]],
-    loss_fn: Callable[[nn.Module, Any, int, torch.Generator], dict[str, torch.Tensor]],
+    loss_fn: Loss | Sequence[Turn],
     config: TrainConfig,
     *,
     seed: int = 0,
@@ -337,7 +365,8 @@ def train(
     """Train `module` in place with AdamW and leave the best weights in it.
 
     batches(epoch, rng): iterable of batches (tensors in lists, mappings or dataclasses are moved to the device); rng lives on the CPU.
-    loss_fn(module, batch, epoch, rng): dict of scalar tensors with "loss". validate(module): lower is better (default: the training loss).
+    loss_fn(module, batch, epoch, rng): dict of scalar tensors with "loss"; or several `Turn`s, which take every batch one after the other, each with an optimiser of its own (the first
+    one's loss is watched). validate(module): lower is better (default: the training loss).
     checkpoint: path stem; `<stem>.json`, `<stem>.<digest>.safetensors` and `<stem>.log.jsonl` are written there. If a checkpoint exists, training continues
     from it with the numbers of a run that was never interrupted; a finished one is only loaded.
     on_epoch(row): called after every epoch. tag: digest of whatever else the numbers depend on (the data).
@@ -345,7 +374,8 @@ def train(
     The module comes back on the device it came from, in evaluation mode. Raises `InputError` for a checkpoint of another run, an unavailable device or an
     empty epoch, `TrainingError` for values that are not finite.
     """
-    state = _State(module, torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay))
+    turns = (Turn("loss", loss_fn),) if callable(loss_fn) else tuple(loss_fn)
+    state = _State(module, [torch.optim.AdamW(t.parameters(module), lr=config.lr, weight_decay=config.weight_decay) for t in turns])
     keeper = _Checkpoint(Path(checkpoint) if checkpoint else None, _identity(module, config, seed, name, tag))
     resumed_from = state.epoch if keeper.load(state) else None
     if resumed_from is None:
@@ -353,7 +383,7 @@ def train(
     keeper.log(state.rows, fresh=True)
     if config.epochs and not state.stop_reason:
         with _on_device(state, config) as fabric:
-            job = _Job(fabric, batches, loss_fn, validate, config, seed, name)
+            job = _Job(fabric, batches, turns, validate, config, seed, name)
             _interruptible(job, state, keeper, on_epoch)
     module.load_state_dict(state.best or module.state_dict())
     module.eval()

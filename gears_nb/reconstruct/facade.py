@@ -31,11 +31,13 @@ from ..data.sections import repeated_sections, section_labels, split_sections
 from ..data.validate import Report, rescaled, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
+from ..models.batches import Run
+from ..models.catalogue import model_class
+from ..models.contract import GeometryModel
+from ..models.fit import fit_ensemble
 from .depth import Evidence, measure_evidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
-from ..structure.fit import fit_ensemble
-from ..structure.protocol import GeometryModel, model_class
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -297,7 +299,8 @@ class Gears:
 
     def __init__(self, config: GearsConfig | None = None):
         self.config = config or profile("toy")
-        model_class(self.config.structure.model)
+        model = model_class(self.config.structure.model)
+        from_dict(self.config.structure.options, model.Config) if self.config.structure.options else None
         for train in (self.config.encoder.train, self.config.structure.train):
             check_device(train.device)
         self._fitted: Fitted | None = None
@@ -501,8 +504,8 @@ def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
     under = lambda name: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{name}/")}
     try:
         embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
-        build = model_class(config.structure.model)
-        models = [build(parts["cloud"].shape[1], config.structure, targets=config.targets) for _ in range(about["models"])]
+        run, model = Run(config.structure, config.targets), model_class(config.structure.model)
+        models = [model.build(parts["cloud"].shape[1], run) for _ in range(about["models"])]
         for i, m in enumerate(models):
             m.load_state_dict(under(f"model{i}"))
             m.eval()

@@ -28,7 +28,7 @@ from .solve import Solution, canonical, huber_solve, landmark_isomap
 from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
 
 if TYPE_CHECKING:
-    from gears_nb.structure.protocol import GeometryModel
+    from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
 __all__ = ['LOCAL', 'ANCHORS', 'MAJORITY', 'SECONDS', 'patch_geometry', 'content_order', 'estimate_memory', 'cell_confidence',

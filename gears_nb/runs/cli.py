@@ -191,7 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     _readiness_arguments(add("readiness", "train on all slides but one, test on that one: the go/no-go table of the structure model",
                              "example\n  gears readiness --slides st1.h5ad st2.h5ad st3.h5ad --report readiness.html"))
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
-    add("list", "notebooks by chapter, with their parameters")
+    listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
+    listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
     results.add_argument("only", nargs="?", default="", help="show only results whose name contains this")
@@ -279,7 +280,16 @@ def _explore(args: argparse.Namespace) -> int:
     return 0
 
 
+def _list_models() -> int:
+    from gears_nb.models.catalogue import addresses
+    for name, address in sorted(addresses().items()):
+        print(f"  {name:<18}{address}")
+    return 0
+
+
 def _list(args: argparse.Namespace) -> int:
+    if args.what == "models":
+        return _list_models()
     from gears_nb.runs.runner import catalogue
     chapter = None
     for book in catalogue():
@@ -347,6 +357,10 @@ def _teller() -> Callable[..., None]:
     return say
 
 
+_EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
+           "view": ("anywidget", "voila", "ipywidgets", "traitlets", "jupyterlab"), "parquet": ("pyarrow",)}
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, as a cluster sends it before it kills: cleaned up after like Ctrl-C."""
 
@@ -378,6 +392,11 @@ def _run_command(argv: Sequence[str] | None) -> int:
         return _COMMANDS[args.command](args)
     except InputError as error:
         return _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in _EXTRAS.items() if (error.name or "").split(".")[0] in names), None)
+        if extra is None:
+            raise
+        return _fail(f"{command}: {error.name}: is not installed. Remedy: pip install 'gears_nb[{extra}]'.", 2)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, _Terminated)
         return _fail(f"{command}: {'terminated' if terminated else 'interrupted'}. The same command continues from the last finished step.", 143 if terminated else 130)

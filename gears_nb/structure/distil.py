@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix
 from .gate import oracle_edges
-from .protocol import GeometryModel
+from ..models.contract import GeometryModel
 from gears_nb.targets.builder import (
     GeoTargets, adaptive_k, log_random_walk, log_support, neighbour_ranks, pair_mask, squared_distances,
 )

@@ -32,11 +32,13 @@ from ..core.store import Store, code_digest, content_digest, write_json
 from ..data.genes import match_genes, take_genes
 from ..data.registry import SIMULATED, cache_root, load_protocol
 from ..data.validate import validate_slide
-from .fit import Reference, fit_member
+from ..models.batches import Reference, Run
+from ..models.fit import fit_member
 from .gate import GateLogits, off_diagonal, oracle_edges
 from .gateformer import gate_metrics
 from .graphs import candidate_recall
-from .protocol import GeometryModel, geometry_loss, model_class
+from ..models.catalogue import model_class
+from ..models.contract import GeometryModel, geometry_loss
 from .rungs import Rung, rung
 from ..targets.builder import GeoTargets, build_targets, pair_mask, squared_distances
 from ..targets.energy import energy, masked_mean
@@ -322,7 +324,7 @@ def trained(v: Variant, fold: Fold, seed: int, store: Store | None = None) -> tu
         state = train_variant(v, fold, seed).state_dict()
         store.save(key, state, {"seconds": time.process_time() - start})
     tensors, meta = store.load(key)
-    model = model_class(v.config.structure.model)(fold.test[0].shape[1], v.config.structure, targets=v.config.targets, rung=v.rung)
+    model = model_class(v.config.structure.model).build(fold.test[0].shape[1], Run(v.config.structure, v.config.targets), rung=v.rung)
     model.load_state_dict(tensors)
     return model.eval(), meta["seconds"]
 

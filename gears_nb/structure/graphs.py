@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.errors import InputError
 from .gate import candidate_mask, directed_neighbours, off_diagonal, oracle_edges
-from .protocol import Batch
+from ..models.batches import Batch
 from ..targets.builder import GeoTargets, pair_mask
 from ..targets.energy import kl_rows, masked_mean
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.gauge import gauge_fix
 from ..core.seeding import rand, randn
 from .gate import GateLogits, candidate_pairs
-from .protocol import GeometryModel
+from ..models.contract import GeometryModel
 from ..targets.energy import masked_mean
 from ..targets.builder import squared_distances
 

@@ -18,7 +18,7 @@ from ..core.store import Store
 from ..encoder.diagnose import Bars, Diagnosis, Finding, Samples, prepare, sources_of
 from ..encoder.probes import norm_ratio, slide_accuracy
 from .experiments import HEALTH, Exam, base_config, folds, measure, run_variants
-from .protocol import GeometryModel
+from ..models.contract import GeometryModel
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -34,18 +35,22 @@ from gears_nb.structure.ipa import (
     by_head,
     drop_edges,
     entropy_deficit,
+    guess_loss,
     repulsion,
     rw_weight,
     trace_record,
 )
-from .protocol import MODELS, Batch, Geometry, GeometryModel, register
+from ..models.batches import Batch, Run, distance_batches, target_batches
+from ..core.training import Loss
+from ..models.contract import Geometry, GeometryModel, Stage, geometry_loss, length
+from ..models.trace import AttentionTrace
 from ..targets.builder import GeoTargets
 from ..targets.energy import energy, stress
 
 # %% auto #0
-__all__ = ['OPTIONS', 'V2', 'RUNGS', 'D7', 'Motion', 'LogitTerms', 'GateChoice', 'Lessons', 'Rung', 'rung', 'make_block',
-           'make_gate', 'make_pair', 'loss_terms', 'gate_terms', 'loss_weights', 'beta_share', 'check_edges', 'Ladder',
-           'gate_loss', 'pretrain_gate']
+__all__ = ['OPTIONS', 'THREE_BLOCKS', 'RUNGS', 'PLAIN', 'V1', 'V2', 'D2', 'D7', 'EGNN', 'TOPO', 'Motion', 'LogitTerms',
+           'GateChoice', 'Lessons', 'Rung', 'rung', 'make_block', 'make_gate', 'make_pair', 'loss_terms', 'gate_terms',
+           'loss_weights', 'beta_share', 'check_edges', 'Ladder', 'gate_loss', 'pretrain_gate']
 
 # %% ../../nbs/structure/07_rungs.ipynb #14166657
 @dataclass(frozen=True)
@@ -127,12 +132,12 @@ class Rung(Lessons, GateChoice, LogitTerms, Motion):
                 raise InputError("rung", field.name, f"is {value!r}", "choose a value of at least 0")
 
 # %% ../../nbs/structure/07_rungs.ipynb #1920bd29
-V2 = {"recycles": 3, "shared": False, "eta": "fixed", "geo_from": -1}
+THREE_BLOCKS = {"recycles": 3, "shared": False, "eta": "fixed", "geo_from": -1}
 RUNGS: dict[str, Rung] = {
     "plain": Rung(gate="none"),
     "v1": Rung(qk_norm=False, geo_clip=None, eta="fixed"),
-    "v2": Rung(**V2),
-    "d2": Rung(**{**V2, "eta": "learned", "theta": -1.4, "geo": "points", "pair": True, "beta_learned": True}),
+    "v2": Rung(**THREE_BLOCKS),
+    "d2": Rung(**{**THREE_BLOCKS, "eta": "learned", "theta": -1.4, "geo": "points", "pair": True, "beta_learned": True}),
     "d7": Rung(),
     "egnn": Rung(update="egnn", recycles=3, shared=False),
     "topo": Rung(gate="context", tau="fixed", geo="rbf", geo_from=2, geo_clip=5.0, beta_ramp=4, detach_gate=True,
@@ -217,6 +222,7 @@ class Ladder(GeometryModel):
     `outside`: helpers that are not part of the model and are not saved: `anchor` (the pretrained gate, for trust), `distil` (called with x, H, targets, mask; a
     scalar loss), `project` (columns of H -> the space of the candidates)."""
 
+    Config = StructureConfig
     preset = Rung()
 
     def __init__(self, dim_in: int, config: StructureConfig, *,
@@ -224,9 +230,9 @@ class Ladder(GeometryModel):
                  rung: Rung | None = None,                # None: the preset of the class
                  gate_dim: int = 32,                      # projection of H in an edge gate
                  **refine):                               # of `Recycler`: hidden=128, head_dropout=0.1
-        super().__init__()
+        super().__init__(dim_in, config)
         self.rung = r = rung or self.preset
-        self.config, self.targets, self.outside = config, targets or TargetConfig(), {}
+        self.targets, self.outside = targets or TargetConfig(), {}
         self.dim_in, self.recycles = dim_in - r.gate_columns, r.recycles or config.recycles
         steps = Steps(self.recycles, theta=r.theta, learned=r.eta == "learned", floor=r.eta_floor)
         self.refine = Recycler(lambda near: make_block(r, config.dim, config.heads, near), dim_in=self.dim_in, dim=config.dim,
@@ -239,6 +245,11 @@ class Ladder(GeometryModel):
         self.betas = nn.Parameter(torch.full((self.recycles,), self.beta)) if r.beta_learned else None
         self.register_buffer("ramped", torch.tensor(self.beta) if r.beta_ramp else None)
         self.register_buffer("sealed", torch.tensor(False))
+
+    @classmethod
+    def build(cls, dim_in: int, run: Run, **own: Any) -> Ladder:
+        "The rung of a run: its settings are those of `run.structure` and `run.targets`; `own`: `rung`, ..."
+        return cls(dim_in, run.structure, targets=run.targets, **own)
 
     def seal(self) -> Ladder:
         "From now on, true edges need `oracle=True`. A saved model stays sealed."
@@ -333,10 +344,12 @@ def pretrained(self: Ladder, H: Tensor, support: Tensor) -> GateLogits | None:
     return self.outside["anchor"].to(H.device)(H, support)
 
 # %% ../../nbs/structure/07_rungs.ipynb #c54933d3
-for _name, _rung in RUNGS.items():
-    register(_name)(type(_name.upper(), (Ladder,), {"preset": _rung, "__module__": __name__, "__doc__": f"`Ladder` with `RUNGS[{_name!r}]`."}))
+def _named(name: str) -> type[Ladder]:
+    "The class of a rung."
+    return type(name.upper(), (Ladder,), {"preset": RUNGS[name], "__module__": __name__, "__doc__": f"`Ladder` with `RUNGS[{name!r}]`."})
 
-D7 = MODELS["d7"]
+
+PLAIN, V1, V2, D2, D7, EGNN, TOPO = map(_named, ("plain", "v1", "v2", "d2", "d7", "egnn", "topo"))
 
 # %% ../../nbs/structure/07_rungs.ipynb #6b6adf47
 def gate_loss(model: Ladder, batch: Batch, epoch: int = 0, rng: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -361,3 +374,24 @@ def pretrain_gate(model: Ladder, batches: Sequence[Batch], steps: int, lr: float
         optimiser.step()
         history.append(loss.item())
     return history
+
+# %% ../../nbs/structure/07_rungs.ipynb #7d94797e
+@patch
+def stages(self: Ladder, run: Run, loss: Loss = geometry_loss) -> list[Stage]:
+    "First guess, gate, warm-up, refinement; `loss`: of the last two (an experiment's)."
+    c, guess = run.structure, ("refine.guess",)
+    plan = [Stage("guess", length(c.train, c.guess_epochs, c.guess_lr), distance_batches,
+                  lambda m, batch, epoch, rng: guess_loss(m, (batch[0][..., : m.dim_in], batch[1]), epoch, rng))]
+    if self.gate is not None:
+        remember = Ladder.remember_gate if self.rung.trust_weight else None
+        plan += [Stage("gate", length(c.train, math.ceil(c.gate_pretrain / run.steps)), target_batches, gate_loss, guess, after=remember),
+                 Stage("warm", length(c.train, self.rung.warm_epochs), target_batches, lambda m, batch, _, rng: loss(m, batch, 0, rng), (*guess, "gate"))]
+    return [*plan, Stage("refine", length(c.train, c.train.epochs), target_batches, loss, guess)]
+
+
+@patch
+def explain(self: Ladder, H: Tensor, mask: Tensor | None = None, **how: Any) -> list[AttentionTrace]:
+    "A record of every miniset; `how`: `edges` (true ones, gate off), `truth`, `about` (`structure.explain.record`)."
+    from gears_nb.structure.explain import record
+
+    return record(self, H, mask, **how)
