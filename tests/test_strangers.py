@@ -485,7 +485,7 @@ def edited(here, change):
 EDITS = {"future format": (lambda t: t.replace('"format": 2', '"format": 99'), "format"), "future model": (lambda t: t.replace('"format": 3', '"format": 99'), "seal"),
          "cut short": (lambda t: t[: len(t) // 2], "not readable"), "empty": (lambda t: "", "not readable"), "no object": (lambda t: "[1]", "not readable"),
          "another seed": (lambda t: t.replace('"seed": 0', '"seed": 1'), "edited"), "another gene": (lambda t: t.replace("Gene7\"", "Gene700\""), "edited"),
-         "another weight file": (lambda t: t.replace(".safetensors", "x.safetensors"), "missing"), "no seal": (lambda t: t.replace('"seal"', '"sea"'), "edited"),
+         "another weight file": (lambda t: t.replace(".safetensors", "x.safetensors"), "edited"), "a file elsewhere": (lambda t: t.replace('"tensors": "', '"tensors": "../'), "edited"), "no seal": (lambda t: t.replace('"seal"', '"sea"'), "edited"),
          "text": (lambda t: "pickle", "not readable")}
 
 
@@ -597,6 +597,93 @@ def test_many_cells_say_where_they_are_within_two_seconds(home, monkeypatch, cap
     said = capsys.readouterr().err
     for words in ("neighbour graph of 100 cells", "stitching the patches", "solving one map"):
         assert words in said
+
+
+# what a tester found ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_an_input_once_it_is_there(here, capsys):
+    model = here / "own"
+    shutil.copytree(here / "model", model)
+    before = (model / "gears.json").read_bytes()
+    os.symlink(model / "gears.json", here / "page.html")
+    os.symlink(next(model.glob("*.safetensors")), here / "weights.h5ad")
+    run = lambda *more: lambda: main(["reconstruct", "--model", str(model), "--cells", str(here / "q.h5ad"), "--quiet", *more])
+    refused(capsys, here, run("--out", str(here / "o.h5ad"), "--report", str(here / "page.html")), "--report", "is also an input")
+    refused(capsys, here, run("--out", str(here / "weights.h5ad")), "--out", "is also an input")
+    refused(capsys, here, lambda: main(["explore", str(here / "placed.h5ad"), "--model-dir", str(model), "--export", str(here / "page.html")]), "--export", "is also an input")
+    refused(capsys, here, lambda: main(["reconstruct", "--model", str(here / "o.h5ad" / "m"), "--cells", str(here / "q.h5ad"), "--slides", str(here / "a.h5ad"), "--out", str(here / "o.h5ad")]),
+            "cannot both be there")
+    assert (model / "gears.json").read_bytes() == before
+
+
+def test_the_key_that_a_query_is_offered_works(here, home, placed, capsys):
+    "Libraries without a column, columns that disagree, a gap: each remedy of the refusal is followed."
+    cells = cells_of(home)
+    cells.uns["spatial"] = {"L1": {"images": {}}, "L2": {"images": {}}}
+    cells.write_h5ad(here / "lib.h5ad")
+    refused(capsys, here, lambda: place(here, "lib.h5ad"), "--slide-key none")
+    assert place(here, "lib.h5ad", "out.h5ad", "--slide-key", "none") == 0
+    np.testing.assert_array_equal(where(here / "out.h5ad"), placed.obsm["X_gears"])
+    two = two_sections(home, library_id=["A", "B"])
+    two.obs["sample"] = np.tile(["k", "l"], 85)
+    two.write_h5ad(here / "two.h5ad")
+    refused(capsys, here, lambda: place(here, "two.h5ad", "o2.h5ad"), "--slide-key library_id")
+    assert place(here, "two.h5ad", "o2.h5ad", "--slide-key", "library_id") == 0
+    np.testing.assert_array_equal(where(here / "o2.h5ad")[:100], placed.obsm["X_gears"])
+
+
+def test_labels_may_hold_any_words(here, home):
+    two = two_sections(home, slide=["liver, section 1", "liver, section 2"])
+    assert place(here, two, "out.h5ad", "--report", str(here / "out.html")) == 0
+    assert [t["name"] for t in contents((here / "out.html").read_text())["data"]["tissues"]] == ["cells.h5ad, section liver, section 1", "cells.h5ad, section liver, section 2"]
+
+
+def test_a_placed_table_is_placed_again_and_old_columns_go(here, home, placed):
+    assert place(here, two_sections(home, slide=["A", "B"])) == 0
+    assert place(here, "out.h5ad", "again.h5ad", "--slide-key", "none") == 0
+    assert "gears_section" not in ad.read_h5ad(here / "again.h5ad").obs
+    cells = cells_of(home)
+    cells.obs.index.name = "gears_note"
+    with pytest.warns(GearsWarning, match="no longer called gears_note"):
+        result = Gears.load(home / "model", {"progress": False}).reconstruct(cells)
+    assert any("no longer called" in line for line in json.loads(result.uns["gears"]["warnings"]))
+
+
+def test_two_fits_into_one_folder_do_not_both_win(here, tmp_path_factory):
+    env = {**os.environ, "GEARS_CACHE": str(tmp_path_factory.mktemp("race")), "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen([GEARS, "fit", "--slides", f"{n}.h5ad", "--model", "mm", *SET], cwd=here, env=env, stderr=subprocess.PIPE, text=True) for n in "ab"]
+    said = [r.communicate(timeout=120)[1] for r in runs]
+    codes = sorted(r.returncode for r in runs)
+    assert codes in ([0, 1], [0, 2]), said  # the later one was refused before training, or told after it
+    assert not (here / "mm.train").exists()
+
+
+def test_profiles_that_are_all_alike_are_refused(home):
+    cells = cells_of(home)
+    cells.X = np.tile(cells.X[0].toarray(), (cells.n_obs, 1))
+    with pytest.raises(InputError, match="same profile"):
+        Gears.load(home / "model", {"progress": False}).reconstruct(cells)
+
+
+def test_a_cache_that_takes_no_write_is_found_first(here, capsys, monkeypatch):
+    monkeypatch.setenv("GEARS_CACHE", "/proc/sys/cache")
+    refused(capsys, here, lambda: learn(here, ["a.h5ad"]), "GEARS_CACHE")
+
+
+def test_no_table_is_one_line_from_python_too(home):
+    model = Gears.load(home / "model", {"progress": False})
+    for wrong in ("q.h5ad", [cells_of(home)], None):
+        with pytest.raises(InputError, match="not an AnnData"):
+            model.reconstruct(wrong)
+        if not isinstance(wrong, list):
+            with pytest.raises(InputError, match="not an AnnData"):
+                Gears(config()).fit(wrong)
+
+
+def test_seeds_out_of_range_are_refused(here, capsys):
+    refused(capsys, here, lambda: place(here, "q.h5ad", "o.h5ad", "--seed", str(2**32)), "seed")
+    refused(capsys, here, lambda: main(["evaluate", str(here / "placed.h5ad"), str(here / "q.h5ad"), "--seed", "-1"]), "seed")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight", "even"), (0, float("inf"))),
     **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
     **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "space", "near", "landmarks", "overlap", "width"), (1, float("inf"))),
-    "seed": (0, 2**63 - 1),
+    "seed": (0, 2**32 - 1),
     **dict.fromkeys(("sharpness", "lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
 }
 "Closed ranges by field name; for a tuple, the range of its members."

@@ -90,8 +90,8 @@ def _leave(home: Path, use: Path, handle: int, done: bool) -> None:
 
 # %% ../../nbs/core/11_locks.ipynb #e9fb488a
 @contextmanager
-def alone(home: str | Path, *, progress: bool = False) -> Iterator[None]:
-    "Only one run at a time is inside this context for the same `home`; the others wait, and say so if `progress`."
+def alone(home: str | Path, *, progress: bool = False, tidy: bool = False) -> Iterator[None]:
+    "Only one run at a time is inside this context for the same `home`; the others wait, and say so if `progress`. `tidy`: leave no lock file behind."
     lock = Path(home).with_name(f"{Path(home).name}.train")
     try:
         handle = _hold(lock, shared=False, wait=False) if fcntl else None
@@ -104,6 +104,8 @@ def alone(home: str | Path, *, progress: bool = False) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
+            if tidy:
+                lock.unlink(missing_ok=True)
             os.close(handle)
 
 # %% ../../nbs/core/11_locks.ipynb #4da70607

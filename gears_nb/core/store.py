@@ -196,7 +196,7 @@ def _commit(record: Path, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -
     data = record.with_name(f"{name}.{digest}.safetensors")
     os.replace(staging, data)
     meta = json.loads(json.dumps(dict(meta), allow_nan=False))  # as it will be read
-    write_json(record, {"format": FORMAT, "tensors": data.name, "digest": digest, "meta": meta, "seal": content_digest(digest, meta)})
+    write_json(record, {"format": FORMAT, "tensors": data.name, "digest": digest, "meta": meta, "seal": content_digest(data.name, digest, meta)})
     stale = re.compile(re.escape(name) + r"\.[0-9a-f]{32}\.safetensors")
     for old in record.parent.iterdir():
         abandoned = old.name.startswith(f"{name}.staging-") and time.time() - old.stat().st_mtime > 3600  # by a killed process
@@ -219,7 +219,7 @@ def _read_record(record: Path) -> dict[str, Any]:
         raise _damaged(record, "the record is not readable") from error
     if parts[0] != FORMAT:
         raise InputError(record, "format", f"is {parts[0]!r}, this version reads {FORMAT}", "use the version that wrote it, or compute it again")
-    if entry.get("seal") != content_digest(entry["digest"], entry["meta"]):
+    if entry.get("seal") != content_digest(*parts[1:]):
         raise _damaged(record, "its content does not match its seal: it was edited")
     return entry
 

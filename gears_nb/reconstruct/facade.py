@@ -60,7 +60,7 @@ def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
 
 def sections_of(tables: AnnData | Sequence[AnnData], slide_key: str | None = None) -> list[AnnData]:
     "Every section of one table or of several, apart and in memory (`data.sections` has the rules). Raises `InputError`."
-    given = [tables] if hasattr(tables, "obs_names") else list(tables)
+    given = [tables] if hasattr(tables, "obs_names") or not isinstance(tables, Sequence) or isinstance(tables, str) else list(tables)
     for i, table in enumerate(given, 1):
         if not hasattr(table, "obs_names"):
             raise InputError("fit", f"slide {i}", f"is a {type(table).__name__}, not an AnnData table", "read files with gears_nb.data.io.read")
@@ -233,6 +233,9 @@ def match_query(adata: AnnData, fitted: Fitted, config: GearsConfig) -> Query:
         warnings.warn(f"cells: {n} cells with {reason} get no position{most}", GearsWarning, stacklevel=3)
     if not (why == "").any():
         raise InputError("cells", "X", f"no cell has {floor} counts in the {len(fitted.genes)} shared genes", "give deeper cells, or train on slides with more shared genes")
+    first = table.X[why == ""]
+    if len(totals[why == ""]) > 1 and not abs(first.max(axis=0) - first.min(axis=0)).sum():
+        raise InputError("cells", "X", f"all {(why == '').sum()} cells have the same profile in the shared genes, so nothing tells them apart", "give single cells, not a repeated average")
     return Query(table[why == ""].copy(), notes == "", notes, evidence[why == ""], report)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #a7a52f3b
@@ -249,6 +252,7 @@ def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstru
     `parts`: by section the rows (of the kept ones) and their map; several sections add obs['gears_section']. `H` (kept, d).
     """
     out, n, kept = adata.copy(), adata.n_obs, np.flatnonzero(query.kept)
+    out.obs = out.obs.drop(columns="gears_section", errors="ignore")  # of an earlier reconstruction
     rows = np.concatenate([kept[r] for r, _ in parts.values()])
     sure = np.concatenate([result.confidence * query.evidence[r] for r, result in parts.values()])
     out.obsm["X_gears"] = _spread(np.concatenate([result.X for _, result in parts.values()]).astype(np.float64), rows, n)
@@ -291,11 +295,8 @@ def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[
     return {name: json.dumps(part) for name, part in story.items()}
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #2ba01f34
-class Gears:
-    """Learn geometry from spatial slides and give it to cells without positions.
-
-    `config`: from `core.config.profile` (default: `profile("toy")`). Raises `InputError` for a model or a device that is not there.
-    """
+class _Learned:
+    "What a `Gears` has learned, and with which settings."
 
     def __init__(self, config: GearsConfig | None = None):
         self.config = config or profile("toy")
@@ -322,40 +323,35 @@ class Gears:
         "What gene matching and validation did with the reference."
         return self.fitted.report
 
+# %% ../../nbs/reconstruct/06_facade.ipynb #614e1915
+class Gears(_Learned):
+    """Learn geometry from spatial slides and give it to cells without positions.
+
+    `config`: from `core.config.profile` (default: `profile("toy")`). Raises `InputError` for a model or a device that is not there.
+    """
+
     def fit(self, slides: AnnData | Sequence[AnnData], cells: AnnData | None = None, *, slide_key: str | None = None, plane: str | None = None,
             workdir: str | Path | None = None) -> Gears:
         """Learn from `slides`: raw counts with `obsm['spatial']` in any unit; a table may hold several sections.
 
-        `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `slide_key`: the obs column that tells sections apart (default: looked for;
-        "none": one section). `plane`: "xy", "xz" or "yz" of three coordinates. `workdir`: where checkpoints go (default: a cache folder named after data and settings,
-        removed when done), so that the same call continues after a crash. Raises `InputError`.
+        `cells`: a later query whose gene names take part in the matching; nothing else of it is used. `slide_key`: the obs column that tells sections apart (default:
+        looked for; "none": one section). `plane`: "xy", "xz" or "yz" of three coordinates. `workdir`: where checkpoints stay (default: a cache folder named after data
+        and settings, removed when done). The same call continues after a crash. Raises `InputError`.
         """
-        with _recorded() as said, working("checking the slides", self.config.structure.train.progress):
-            reference = prepare_reference(slides, cells, self.config, slide_key=slide_key, plane=plane)
-        self._fitted = train_all(reference, self.config, Path(workdir)) if workdir else find_or_train(reference, self.config)
-        self._fitted.report = {"gene_matching": reference.match.report(), "reference": [r.to_dict() for r in reference.reports], "warnings": said}
-        return self
+        return _fit(self, slides, cells, slide_key, plane, workdir)
 
     def embed(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
-        "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without evidence (`reconstruct`) are NaN. Raises `InputError` as `reconstruct` does."
-        query, labels = _ready(self, adata, slide_key)
-        out = (adata.to_memory() if adata.isbacked else adata).copy()
-        out.obsm["H_gears"] = _spread(_embedded(self, query, labels), np.flatnonzero(query.kept), adata.n_obs)
-        return out
+        "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without evidence are NaN. Raises `InputError` as `reconstruct` does."
+        return _embed_table(self, adata, slide_key)
 
     def reconstruct(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
         """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection), every section of `slide_key` (as in `fit`) on its own.
 
-        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1], `obs['gears_note']` (why a cell has no
-        position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could not be written to a file is
-        left out of the copy, aloud. Raises `InputError` for unusable input.
+        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1], `obs['gears_note']` (why a
+        cell has no position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could
+        not be written to a file is left out of the copy, aloud. Raises `InputError` for unusable input.
         """
-        with _recorded() as said:
-            query, labels = _ready(self, adata, slide_key)
-            table = _writable(adata)
-            H = _embedded(self, query, labels)
-            parts = _maps(self, H, labels)
-        return write_result(table, parts, H, query, describe_run(self.config, self.fitted, parts, query, said))
+        return _reconstruct(self, adata, slide_key)
 
     def save(self, folder: str | Path) -> Path:
         "Write a fitted `Gears` into `folder` (made if needed), atomically."
@@ -367,9 +363,8 @@ class Gears:
 
         Raises `InputError` for a folder without a model, a damaged or edited one, one of another version, and for settings that shape training.
         """
-        config = read_config(folder, settings or {})
-        out = cls(config)
-        out._fitted = read_fitted(folder, config)
+        out = cls(read_config(folder, settings or {}))
+        out._fitted = read_fitted(folder, out.config)
         return out
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #4a51a6d5
@@ -387,19 +382,28 @@ def _recorded() -> Iterator[list[str]]:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
+def _table(adata: Any, what: str) -> AnnData:
+    "`adata` if it is a table, else `InputError`."
+    if not hasattr(adata, "obs_names"):
+        raise InputError(what, "adata", f"is a {type(adata).__name__}, not an AnnData table", "read a file with gears_nb.data.io.read, and give one table at a time")
+    return adata
+
+
 def _writable(adata: AnnData) -> AnnData:
     "`adata` in memory, without what no .h5ad can hold; warns."
     from gears_nb.data.io import writable
 
     table, notes = writable(adata.to_memory() if adata.isbacked else adata, "cells")
+    if str(table.obs.index.name).startswith("gears_"):  # columns of that name are about to be added
+        notes, table.obs.index.name = [*notes, f"cells: the index of obs is no longer called {table.obs.index.name}"], None
     for note in notes:
         warnings.warn(note, GearsWarning, stacklevel=3)
     return table
 
-
+# %% ../../nbs/reconstruct/06_facade.ipynb #9bb1e312
 def _ready(gears: Gears, adata: AnnData, slide_key: str | None) -> tuple[Query, np.ndarray]:
     "The query made ready, and the section (kept,) of its rows; says that several sections are placed apart."
-    with working(f"checking {adata.n_obs} cells", gears.config.structure.train.progress):
+    with working(f"checking {_table(adata, 'cells').n_obs} cells", gears.config.structure.train.progress):
         query = match_query(adata, gears.fitted, gears.config)
         labels = section_labels(adata, "cells", slide_key)[query.kept]
     names, counts = np.unique(labels.astype(str), return_counts=True)
@@ -411,7 +415,7 @@ def _ready(gears: Gears, adata: AnnData, slide_key: str | None) -> tuple[Query, 
     if len(names) > 1:
         shown = ", ".join(f"{n} ({c})" for n, c in list(zip(names, counts))[:6])
         warnings.warn(f"cells: {len(names)} sections ({shown}{', ...' if len(names) > 6 else ''}), each is placed on its own; "
-                      f"all together: {option('slide_key', 'none')}", GearsWarning, stacklevel=3)
+                      f"all together: {option('slide_key', 'none')} (on the command line, of slides as well)", GearsWarning, stacklevel=3)
     return query, labels
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #020cc742
@@ -451,6 +455,36 @@ def _maps(gears: Gears, H: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np
         else:
             warnings.warn(f"cells: section {name} has {len(rows)} cells, a map needs {FEWEST}: no positions", GearsWarning, stacklevel=3)
     return parts
+
+# %% ../../nbs/reconstruct/06_facade.ipynb #e90563d8
+def _fit(gears: Gears, slides: AnnData | Sequence[AnnData], cells: AnnData | None, slide_key: str | None, plane: str | None, workdir: str | Path | None) -> Gears:
+    "See `Gears.fit`."
+    with _recorded() as said, working("checking the slides", gears.config.structure.train.progress):
+        reference = prepare_reference(slides, cells, gears.config, slide_key=slide_key, plane=plane)
+    with _recorded() as later:
+        gears._fitted = train_all(reference, gears.config, Path(workdir)) if workdir else find_or_train(reference, gears.config)
+        if gears.config.counts and not gears.fitted.evidence.counts:
+            warnings.warn("fit: the slides' expression tells hardly anything about places, so places and confidences of cells mean little", GearsWarning, stacklevel=3)
+    gears.fitted.report = {"gene_matching": reference.match.report(), "reference": [r.to_dict() for r in reference.reports], "warnings": [*said, *later]}
+    return gears
+
+
+def _embed_table(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData:
+    "See `Gears.embed`."
+    query, labels = _ready(gears, adata, slide_key)
+    out = (adata.to_memory() if adata.isbacked else adata).copy()
+    out.obsm["H_gears"] = _spread(_embedded(gears, query, labels), np.flatnonzero(query.kept), adata.n_obs)
+    return out
+
+
+def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData:
+    "See `Gears.reconstruct`."
+    with _recorded() as said:
+        query, labels = _ready(gears, adata, slide_key)
+        table = _writable(adata)
+        H = _embedded(gears, query, labels)
+        parts = _maps(gears, H, labels)
+    return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
 MODEL_FORMAT = 3  # 2 had no origin and no evidence

@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(self.prog, "arguments", message.replace("\n", " "), f"{self.prog} --help shows what it takes")
 
-
+# %% ../../nbs/runs/05_cli.ipynb #f9ced2b1
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
@@ -101,7 +101,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", "--model-dir", required=True, dest="model_dir", metavar="DIR", help="where the trained model goes")
     _table_arguments(add), _learning_arguments(add)
 
-
+# %% ../../nbs/runs/05_cli.ipynb #67f5c90e
 def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears reconstruct` takes."""
     add = parser.add_argument
@@ -126,6 +126,7 @@ def _diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-genes", type=int, default=50, metavar="N", help="refuse with fewer than N shared genes (default 50)")
     add("--no-training", action="store_true", help="skip the two hypotheses that train encoders (H4, H6)")
     add("--quiet", action="store_true", help="no progress bar")
+    _table_arguments(add)
 
 # %% ../../nbs/runs/05_cli.ipynb #rdargs01
 def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +143,7 @@ def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as structure.epochs=8")
     add("--quiet", action="store_true", help="no progress bar")
+    _table_arguments(add)
 
 
 def _explore_arguments(parser: argparse.ArgumentParser) -> None:
@@ -254,7 +256,7 @@ def _told(found: Any, args: argparse.Namespace) -> int:
 def _diagnose(args: argparse.Namespace) -> int:
     from gears_nb.runs.diagnose_report import diagnose_files
     found = diagnose_files(args.slides, args.cells, args.report, seed=args.seed, profile=args.profile, min_genes=args.min_genes,
-                           training=not args.no_training, progress=not args.quiet)
+                           training=not args.no_training, progress=not args.quiet, **_tables(args))
     return _told(found, args)
 
 
@@ -262,18 +264,18 @@ def _readiness(args: argparse.Namespace) -> int:
     from gears_nb.core.config import parse_overrides
     from gears_nb.runs.diagnose_report import readiness_files
     found = readiness_files(args.slides, args.cells, args.report, seed=args.seed, seeds=args.seeds, profile=args.profile, model=args.model,
-                            overrides=parse_overrides(args.overrides), jobs=args.jobs, progress=not args.quiet)
+                            overrides=parse_overrides(args.overrides), jobs=args.jobs, progress=not args.quiet, **_tables(args))
     return _told(found, args)
 
 # %% ../../nbs/runs/05_cli.ipynb #rdlist01
 def _explore(args: argparse.Namespace) -> int:
-    from gears_nb.runs.files import check_exists, check_output
+    from gears_nb.runs.files import check_exists, check_output, model_files
     check_exists([args.source], "RUN_OR_H5AD")
     if args.export is None:
         from gears_nb.attention.explore import serve
         serve(args.source, args.model_dir, args.seed, port=args.port, browser=not args.no_browser)
         return 0
-    check_output(args.export, "--export", ".html", [args.source])
+    check_output(args.export, "--export", ".html", [args.source, *model_files(args.model_dir)])
     from gears_nb.attention.explore import export_page
     path, names, remarks = export_page(args.source, args.export, args.model_dir, args.seed)
     print("\n".join([*remarks, f"{path}: {', '.join(names)}"]))
@@ -368,7 +370,7 @@ class _Terminated(KeyboardInterrupt):
 def _terminate(*_: Any) -> NoReturn:
     raise _Terminated
 
-
+# %% ../../nbs/runs/05_cli.ipynb #a8b85e4e
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `gears`; returns the exit code (see `gears --help`). GEARS_DEBUG=1 shows tracebacks."""
     warnings.showwarning = _teller()

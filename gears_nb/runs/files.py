@@ -25,18 +25,19 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
-__all__ = ['check_output', 'check_model_folder', 'check_apart', 'check_exists', 'make_config', 'obtain_model', 'saved_model',
-           'OutputError', 'Placed', 'Inputs', 'read_inputs', 'reconstruct_files', 'fit_files', 'named_after',
-           'diagnostics_of', 'evaluate_files']
+__all__ = ['check_output', 'model_files', 'check_model_folder', 'check_cache', 'check_apart', 'check_exists', 'make_config',
+           'obtain_model', 'saved_model', 'OutputError', 'save_model', 'Placed', 'Inputs', 'read_inputs',
+           'reconstruct_files', 'fit_files', 'named_after', 'diagnostics_of', 'evaluate_files']
 
 # %% ../../nbs/runs/08_files.ipynb #2c299ee2
 def _is_input(path: Path, inputs: Sequence[str | Path]) -> bool:
     "Whether `path`, links followed, is a file that reading `inputs` opens, or lies in a Zarr store among them."
-    from gears_nb.data.io import real_files
+    from gears_nb.data.formats import is_zarr
+    from gears_nb.data.io import parse_source, real_files
 
     real = Path(os.path.realpath(path))
-    stores = [Path(os.path.realpath(str(i).split("#", 1)[0])) for i in inputs]
-    if any(s.is_dir() and (s == real or (s in real.parents and s.suffix == ".zarr")) for s in stores):
+    stores = [Path(os.path.realpath(parse_source(i)[0])) for i in inputs]
+    if any(s.is_dir() and (s == real or (s in real.parents and is_zarr(s))) for s in stores):
         return True
     files = [f for i in inputs for f in real_files(i)]
     return any(real == f or (real.exists() and f.exists() and os.path.samefile(real, f)) for f in files)
@@ -78,6 +79,11 @@ def check_output(path: str | Path, flag: str, suffix: str, inputs: Sequence[str 
 _OURS = ("gears.json", "gears.", ".tmp-")  # a model, also one that another run is just writing
 
 
+def model_files(folder: str | Path | None) -> list[Path]:
+    "The files of the model in `folder`, which are inputs once they are there; none without a folder."
+    return [] if folder is None else [p for p in Path(folder).glob("gears.*") if p.is_file()]
+
+
 def check_model_folder(path: str | Path, inputs: Sequence[str | Path] = (), flag: str = "--model-dir") -> bool:
     "Whether the folder `path` holds a saved model; if not, it is new or empty and can be written. Raises `InputError`."
     path = Path(path)
@@ -95,21 +101,34 @@ def check_model_folder(path: str | Path, inputs: Sequence[str | Path] = (), flag
         raise InputError(str(path), flag, *problem)
     return False
 
+# %% ../../nbs/runs/08_files.ipynb #40597f9b
+def check_cache() -> None:
+    "Raise `InputError` if the cache, where training keeps its checkpoints, takes no write."
+    from gears_nb.data.registry import cache_root
+
+    problem = _cannot_write(cache_root() / "fits" / "trial")
+    if problem:
+        raise InputError(str(cache_root()), "GEARS_CACHE (the cache)", problem[0], "set GEARS_CACHE to a folder of yours with free space")
+
 
 def check_apart(*outputs: str | Path | None) -> None:
     "Raise `InputError` if two outputs are one place."
-    seen: dict[str, str | Path] = {}
-    for path in outputs:
-        if path is not None and seen.setdefault(os.path.realpath(path), path) is not path:
-            raise InputError(str(path), "outputs", f"is named twice (also as {seen[os.path.realpath(path)]})", "give every output its own name")
+    places = [(path, Path(os.path.realpath(path))) for path in outputs if path is not None]
+    for i, (path, real) in enumerate(places):
+        for other, taken in places[:i]:
+            if real == taken or (taken in real.parents and taken.suffix) or (real in taken.parents and real.suffix):
+                raise InputError(str(path), "outputs", f"and {other} cannot both be there", "give every output a place of its own")
 
 
 def check_exists(paths: Sequence[str | Path], flag: str) -> None:
     """Raise `InputError` for the first input that does not exist (a `#sample` suffix and `expr+coords` pairs are understood)."""
+    from gears_nb.data.io import parse_source
+
     for source in paths:
-        if Path(str(source)).exists():
+        text = parse_source(source)[0]
+        if Path(text).exists():
             continue
-        for part in str(source).split("#", 1)[0].split("+"):
+        for part in text.split("+"):
             if not Path(part).exists():
                 raise InputError(part, flag, "there is no such file or folder", "check the spelling and the working directory")
 
@@ -177,6 +196,18 @@ def _writing(what: str | Path) -> Iterator[None]:
         raise OutputError(f"{what}: cannot be written ({why}). Remedy: make room, then the same command repeats the layout, not the training.") from error
 
 
+def save_model(model: Gears, folder: str | Path) -> None:
+    "Save the model in `folder`, once: the same model is left as it is. Raises `OutputError` if another run has put another one there meanwhile."
+    from gears_nb.core.locks import alone
+    from gears_nb.reconstruct.facade import Gears
+
+    with alone(folder, tidy=True), _writing(folder):
+        if not (Path(folder) / "gears.json").is_file():
+            model.save(folder)
+        elif Gears.load(folder).fitted.origin != model.fitted.origin:
+            raise OutputError(f"{folder}: another run has saved another model there meanwhile. Remedy: the same command with another folder; it repeats no training.")
+
+# %% ../../nbs/runs/08_files.ipynb #e172add8
 @dataclass(frozen=True)
 class Placed:
     """What `reconstruct_files` did: number of cells, how many of them have a position, why others have none, the files written."""
@@ -195,31 +226,38 @@ class Inputs:
     cells: AnnData
     slide_key: str | None
 
+# %% ../../nbs/runs/08_files.ipynb #007326bd
+def _read_cells(cells: str | Path, slide_key: str | None, **how: Any) -> tuple[AnnData, str | None]:
+    "The cells, and the key of their sections: `slide_key`, unless they lack that column, which may tell slides apart only."
+    from gears_nb.data.io import read
 
-def _own_key(table: AnnData, slide_key: str | None) -> str | None:
-    "`slide_key` for the cells: they may lack the column that tells slides apart."
-    return slide_key if slide_key in (None, "none") or slide_key in table.obs else None
+    try:
+        return read(cells, spatial=False, slide_key=slide_key, **how), slide_key
+    except InputError as error:
+        if slide_key in (None, "none") or error.field != f"obs['{slide_key}']" or "no such column" not in error.problem:
+            raise
+    return read(cells, spatial=False, **how), None
 
 
 def read_inputs(slides: Sequence[str | Path], cells: str | Path, config: GearsConfig, *, genes: Sequence[str] = (), slide_key: str | None = None,
                 plane: str | None = None, layer: str | None = None) -> Inputs:
     "Read slides and cells, and refuse what would only be refused after training: sections, genes to colour by, too few cells."
     from gears_nb.core.progress import working
-    from gears_nb.data.io import read, read_many, writable
+    from gears_nb.data.io import read_many, writable
     from gears_nb.data.sections import section_labels
     from gears_nb.reconstruct.facade import FEWEST
 
     show, least = config.structure.train.progress, config.structure.miniset
     with working(f"reading {len(slides)} slides" if slides else "reading the cells", show):
         tables = read_many(slides, spatial=True, counts=config.counts, min_spots=least, slide_key=slide_key, plane=plane, layer=layer) if slides else []
-        query = read(cells, spatial=False, counts=config.counts, layer=layer)
+        query, key = _read_cells(cells, slide_key, counts=config.counts, layer=layer)
         query, notes = writable(query, str(cells))
     for note in notes:
         warnings.warn(note, GearsWarning, stacklevel=2)
-    key = _own_key(query, slide_key)
-    section_labels(query, str(cells), key)
-    if query.n_obs < FEWEST:
-        raise InputError(str(cells), "n_obs", f"{query.n_obs} cells, a map needs at least {FEWEST}", "give more cells; distances to others are all that a place can mean")
+    largest = int(np.unique(section_labels(query, str(cells), key).astype(str), return_counts=True)[1].max())
+    if largest < FEWEST:
+        apart = f" in the largest section; all together: {option('slide_key', 'none')}" if largest < query.n_obs else ""
+        raise InputError(str(cells), "n_obs", f"{largest} cells{apart}, a map needs at least {FEWEST}", "give more cells; distances to others are all that a place can mean")
     _check_genes(query, genes, str(cells))
     return Inputs(tables, query, key)
 
@@ -235,8 +273,9 @@ def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str 
     """
     from gears_nb.core.progress import working
 
-    inputs = [*slides, cells]
+    inputs = [*slides, cells, *model_files(model_dir)]
     check_exists(slides, "--slides"), check_exists([cells], "--cells")
+    check_cache()
     check_output(out, "--out", ".h5ad", inputs)
     if report is not None:
         check_output(report, "--report", ".html", inputs)
@@ -296,9 +335,8 @@ def _write_all(result: AnnData, out: str | Path, page: str | None, report: str |
     if page is not None:
         with _writing(report), atomic_path(report) as tmp:
             tmp.write_text(page, encoding="utf-8")
-    if model_dir is not None and not (Path(model_dir) / "gears.json").is_file():
-        with _writing(model_dir):
-            model.save(model_dir)
+    if model_dir is not None:
+        save_model(model, model_dir)
 
 # %% ../../nbs/runs/08_files.ipynb #daad6a1e
 def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | Path | None = None, *, profile: str = "toy", seed: int = 0,
@@ -307,21 +345,20 @@ def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | 
     "Learn from `slides` and save the model in the new folder `model_dir`; with the same slides and settings, what is there is kept. Raises `InputError`, `OutputError`."
     inputs = [*slides, *([cells] if cells is not None else [])]
     check_exists(slides, "--slides"), check_exists(inputs[len(slides):], "--cells")
+    check_cache()
     check_model_folder(model_dir, inputs)
     from gears_nb.reconstruct.facade import keep_training
 
     config = _model_or_config(slides, model_dir, profile, seed, min_genes, overrides, progress)[1]
     from gears_nb.core.progress import working
-    from gears_nb.data.io import read, read_many
+    from gears_nb.data.io import read_many
 
     with named_after({"cells": cells} if cells is not None else {}), keep_training():
         with working("reading", progress):
             tables = read_many(slides, spatial=True, counts=config.counts, min_spots=config.structure.miniset, slide_key=slide_key, plane=plane, layer=layer)
-            query = None if cells is None else read(cells, spatial=False, counts=config.counts, layer=layer)
+            query = None if cells is None else _read_cells(cells, slide_key, counts=config.counts, layer=layer)[0]
         model = obtain_model(config, tables, query, model_dir, plane=plane)
-        if not (Path(model_dir) / "gears.json").is_file():
-            with _writing(model_dir):
-                model.save(model_dir)
+        save_model(model, model_dir)
     return model
 
 # %% ../../nbs/runs/08_files.ipynb #15789186
@@ -364,23 +401,23 @@ def _truth(result: AnnData) -> np.ndarray | None:
     return found.xy if found.usable.sum() >= 3 else None
 
 
-def _sections(result: AnnData, name: str) -> dict[str, np.ndarray]:
-    "Rows of each section that has a map, by the title it gets in the report."
+def _sections(result: AnnData, name: str) -> dict[str, tuple[str, np.ndarray]]:
+    "Label and rows of each section that has a map, by the title it gets in the report."
     placed = np.isfinite(result.obsm["X_gears"]).all(1)
     if "gears_section" not in result.obs:
-        return {name: np.arange(result.n_obs)}
+        return {name: ("", np.arange(result.n_obs))}
     labels = result.obs["gears_section"].astype(str).to_numpy()
-    return {f"{name}, section {label}": np.flatnonzero(labels == label) for label in dict.fromkeys(labels[placed])}
+    return {f"{name}, section {label}": (label, np.flatnonzero(labels == label)) for label in dict.fromkeys(labels[placed])}
 
 
-def _story(result: AnnData, titles: Sequence[str]) -> dict[str, dict[str, Any]]:
-    "Diagnostics by title: what belongs to one section under its own, the rest under the first."
-    about = diagnostics_of(result)
-    if len(titles) == 1:
-        return {titles[0]: about}
+def _story(result: AnnData, labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    "Diagnostics by title (`labels`: title -> section): what belongs to one section under its own, the rest under the first."
+    about, first = diagnostics_of(result), next(iter(labels))
+    if len(labels) == 1:
+        return {first: about}
     own = ("graph", "stitching", "solve")
-    story = {title: {k: about[k][title.rpartition(", section ")[2]] for k in own} for title in titles}
-    story[titles[0]] |= {k: v for k, v in about.items() if k not in own}
+    story = {title: {k: about[k][label] for k in own} for title, label in labels.items()}
+    story[first] |= {k: v for k, v in about.items() if k not in own}
     return story
 
 # %% ../../nbs/runs/08_files.ipynb #4edd86bd
@@ -392,7 +429,7 @@ def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: G
 
     truth, scores, risk, views = _truth(result), {}, {}, []
     parts = _sections(result, name)
-    for title, rows in parts.items():
+    for title, (_, rows) in parts.items():
         table, place = result[rows], None if truth is None else truth[rows]
         X = np.asarray(table.obsm["X_gears"])
         if place is not None and (why := why_unscored(X, place)):
@@ -404,7 +441,7 @@ def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: G
                 risk[title] = risk_coverage(X[both], place[both], table.obs["gears_confidence"].to_numpy()[both])
         views.append(tissue_view(title, table, place, slides[0] if place is None and slides else None, genes, seed=seed))
     return render_report(f"{name}, reconstructed", views, subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
-                         histories=model.history, diagnostics=_story(result, list(parts)), footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
+                         histories=model.history, diagnostics=_story(result, {title: label for title, (label, _) in parts.items()}), footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
 
 # %% ../../nbs/runs/08_files.ipynb #37945206
 def _positions(adata: AnnData, source: str, keys: Sequence[str], plane: str | None) -> np.ndarray:
@@ -439,11 +476,13 @@ def _for_scoring(path: str | Path) -> AnnData:
         raise InputError(str(path), "obs_names (barcodes)", "are not unique", "make them unique in both files")
     return table
 
-
+# %% ../../nbs/runs/08_files.ipynb #65b30978
 def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0, plane: str | None = None) -> dict[str, Any]:
     """The metrics of `benchmark.metrics.score` for two files matched by barcode (either may be `FILE#SECTION`, the truth also a slide of another format), with `cells` (compared), `without_position` (in both files, but without a
     usable place in one) and `unmatched` (in one file only). `plane`: of three coordinates. Raises `InputError` when fewer than ten cells can be compared."""
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
+    if not 0 <= seed < 2**32:
+        raise InputError("gears evaluate", "seed", f"is {seed}, outside [0, {2**32 - 1}]", "choose a value in that range")
     from gears_nb.benchmark.metrics import score
     from gears_nb.core.results import plain
 
