@@ -13,7 +13,7 @@ from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 from gears_nb.encoder.diagnose import CHECKS, SEVERITIES, diagnose, prepare
 from gears_nb.runs.cli import main
-from gears_nb.runs.diagnose_report import render_diagnosis, write_report
+from gears_nb.runs.diagnose_report import diagnose_files, render_diagnosis, write_report
 
 GEARS = str(Path(sys.executable).parent / "gears")
 SEED = 33  # not one of the switchboard's
@@ -191,3 +191,58 @@ def test_bad_arguments_are_refused(files, capsys, monkeypatch, tmp_path, more, w
 def test_two_slides_in_one_table_must_be_split(tissue):
     with pytest.raises(InputError, match="names 2 slides"):
         diagnose([ad.concat(tissue.slides[:2])])
+
+
+def stacked(files, folder):
+    """Two slides in one table that tells them apart in a column of its own, in three dimensions, with the counts in a layer."""
+    both = ad.concat([ad.read_h5ad(path) for path in slides_of(files)[:2]], index_unique="-")
+    both.obs["piece"] = both.obs.pop("slide").to_numpy()
+    both.obsm["spatial"] = np.c_[both.obsm["spatial"], np.arange(both.n_obs) * 5.0][:, [0, 2, 1]]
+    both.layers["counts"] = both.X.copy()
+    both.X = both.X.toarray() + 0.5
+    both.write_h5ad(folder / "both.h5ad")
+    return folder / "both.h5ad"
+
+
+def test_what_the_remedies_name_can_be_given(files, tmp_path):
+    """Key of the sections, plane and layer go all the way; without them the message names them."""
+    table, quick = stacked(files, tmp_path), {"profile": "smoke", "training": False, "progress": False}
+    with pytest.raises(InputError, match="plane='xz'"):
+        diagnose_files([table], **quick)
+    with pytest.raises(InputError, match="layer='counts'"):
+        diagnose_files([table], plane="xz", **quick)
+    found = diagnose_files([table], plane="xz", layer="counts", slide_key="piece", **quick)
+    apart = diagnose_files(slides_of(files)[:2], **quick)
+    assert [s["name"] for s in found.sources] == ["ST1", "ST2"] and found.verdicts == apart.verdicts
+    spread = [f["depth"].numbers for f in (found, apart)]
+    assert spread[0] == spread[1]
+
+
+def test_sections_of_the_cells_do_not_matter(files, tmp_path):
+    """Cells are one set: a column with gaps is nobody's business, nor is the key that divides the slides."""
+    cells = ad.read_h5ad(files / "cells.h5ad")
+    cells.obs["sample"] = np.where(np.arange(cells.n_obs) % 2, "a", None)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    found = diagnose_files(slides_of(files)[:2], tmp_path / "cells.h5ad", slide_key="slide", profile="smoke", training=False, progress=False)
+    assert [s["kind"] for s in found.sources] == ["spots", "spots", "cells"]
+
+
+def test_scaled_values_are_not_offered(files, tmp_path):
+    """Nothing here can use them, so the remedy does not name the setting; where counts may be is said."""
+    bad = spoiled(files, tmp_path, fractional)
+    with pytest.raises(InputError) as refused:
+        diagnose_files([slides_of(files)[0], bad], profile="smoke", training=False, progress=False)
+    assert refused.value.remedy == "give raw counts"
+    table = ad.read_h5ad(bad)
+    table.layers["counts"] = np.rint(table.X)
+    table.write_h5ad(bad)
+    with pytest.raises(InputError) as refused:
+        diagnose_files([slides_of(files)[0], bad], profile="smoke", training=False, progress=False)
+    assert refused.value.remedy == "give raw counts (layers['counts'] may hold them: layer='counts')"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_are_none(files, capsys, seed):
+    assert main(["diagnose", "--slides", *slides_of(files), "--seed", str(seed)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "seed" in said and "[0, 4294967295]" in said

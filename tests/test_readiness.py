@@ -1,6 +1,7 @@
 """The go/no-go table: thresholds and their corner cases, planted faults, and the same table from files."""
 import json
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 from gears_nb.runs.cli import main
+from gears_nb.runs.diagnose_report import readiness_files
 from gears_nb.structure import experiments as lab
 from gears_nb.structure.readiness import LINES, MODEL, judge, readiness, rows_of
 from gears_nb.structure.rungs import Ladder
@@ -125,7 +127,7 @@ def test_from_files(files, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("extra, why", [(["--seeds", "0"], "--seeds"), (["--profile", "huge"], "--profile"), (["--report", "r.txt"], "--report"), (["--set", "structure.recycle=1"], "recycle"),
-                                        (["--model", "d9"], "d9")])
+                                        (["--model", "d9"], "d9"), (["--seed", "-1"], "[0, 4294967291]"), (["--set", "min_genes=999"], "--set min_genes=")])
 def test_bad_calls_are_one_line(files, extra, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["readiness", "--slides", str(files / "s0.h5ad"), str(files / "s1.h5ad"), "--profile", "smoke", "--quiet", *extra]) == 2
@@ -136,3 +138,36 @@ def test_bad_calls_are_one_line(files, extra, why, tmp_path, monkeypatch, capsys
 def test_one_slide_is_not_enough():
     with pytest.raises(InputError, match="at least two"):
         readiness(simulate("tiny", 33).slides[:1], profile="smoke")
+
+
+def test_a_file_of_another_kind_is_not_replaced(files, tmp_path, capsys):
+    """A .json that holds no diagnosis, such as the record of a model, is left as it is; one of ours is replaced."""
+    call = ["readiness", "--slides", str(files / "s0.h5ad"), "--profile", "smoke", "--quiet", "--report"]
+    for text in ('{"settings": 1}', "[1, 2]", "no json", ""):
+        kept = tmp_path / "gears.json"
+        kept.write_text(text)
+        assert main([*call, str(kept)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "--report: exists and is not a report of ours" in said and kept.read_text() == text
+    ours = tmp_path / "ours.json"
+    ours.write_text(json.dumps({"findings": [], "sources": [], "genes": 1, "seed": 0, "profile": "smoke"}))
+    assert main([*call, str(ours)]) == 2 and "at least two" in capsys.readouterr().err, "goes on to the next refusal"
+
+
+def test_what_the_remedies_name_can_be_given(files, tmp_path):
+    """Plane, layer and key reach the reading of slides; scaled values are not offered."""
+    tables = []
+    for i in (0, 1):
+        table = ad.read_h5ad(files / f"s{i}.h5ad")
+        table.obsm["spatial"] = np.c_[table.obsm["spatial"], np.arange(table.n_obs) * 5.0][:, [0, 2, 1]]
+        table.layers["counts"], table.X = table.X.copy(), table.X.toarray() + 0.5
+        table.obs["piece"] = "one"
+        table.write_h5ad(tmp_path / f"t{i}.h5ad")
+        tables.append(tmp_path / f"t{i}.h5ad")
+    with pytest.raises(InputError, match="plane='xz'"):
+        readiness_files(tables, profile="smoke", progress=False)
+    with pytest.raises(InputError) as refused:
+        readiness_files(tables, profile="smoke", progress=False, plane="xz")
+    assert "layer='counts'" in refused.value.remedy and "counts=False" not in refused.value.remedy
+    with pytest.raises(InputError, match="at least two"):
+        readiness_files(tables[:1], profile="smoke", progress=False, plane="xz", layer="counts", slide_key="piece")

@@ -159,14 +159,15 @@ def _named(tables: Sequence[AnnData]) -> list[str]:
     return names
 
 
-def prepare(slides: Sequence[AnnData], cells: AnnData | None = None, *, seed: int = 0, profile: str = "toy", min_genes: int = 50) -> Samples:
-    "Check, copy, name, sample and match; `InputError` for bad tables, an unknown profile or too few common genes."
+def prepare(slides: Sequence[AnnData], cells: AnnData | None = None, *, seed: int = 0, profile: str = "toy", min_genes: int = 50,
+            plane: str | None = None) -> Samples:
+    "Check, copy, name, sample and match; `plane`: two of three coordinates. `InputError` for bad tables, an unknown profile or too few common genes."
     if profile not in SETTINGS:
         raise InputError("diagnose", "profile", f"there is no {profile!r}", f"use one of {', '.join(SETTINGS)}")
     if not slides:
         raise InputError("diagnose", "slides", "the list is empty", "give at least one slide")
     settings, names = SETTINGS[profile], _named(slides)
-    checked = [validate_slide(s, name, drop_constant=False, min_spots=10)[0] for s, name in zip(slides, names)]
+    checked = [validate_slide(s, name, drop_constant=False, min_spots=10, plane=plane)[0] for s, name in zip(slides, names)]
     given = [s.n_obs for s in slides]
     if cells is not None:
         query, name = validate_cells(cells, "cells", drop_constant=False)[0], "cells" if "cells" not in names else "query cells"
@@ -422,13 +423,14 @@ def sources_of(samples: Samples, depth: Finding | None = None) -> tuple[dict[str
 
 
 def diagnose(slides: Sequence[AnnData], cells: AnnData | None = None, *, seed: int = 0, profile: str = "toy", min_genes: int = 50,
-             training: bool = True, progress: bool = False) -> Diagnosis:
+             training: bool = True, progress: bool = False, plane: str | None = None) -> Diagnosis:
     """All checks on `slides` (raw counts, `obsm['spatial']`, one table each) and optional dissociated `cells`; neither is changed.
 
-    `profile`: "smoke", "toy" or "paper" (`SETTINGS`); `min_genes`: shared genes below which to refuse; `training=False` skips `TRAINS`.
+    `profile`: "smoke", "toy" or "paper" (`SETTINGS`); `min_genes`: shared genes below which to refuse; `training=False` skips `TRAINS`;
+    `plane`: two of three coordinates ("xy", "xz", "yz").
     Raises `InputError` for tables that cannot be used. Same seed, same data: same findings.
     """
-    samples = prepare(slides, cells, seed=seed, profile=profile, min_genes=min_genes)
+    samples = prepare(slides, cells, seed=seed, profile=profile, min_genes=min_genes, plane=plane)
     findings = []
     with progress_bar(len(CHECKS), "diagnose", progress) as bar, tempfile.TemporaryDirectory() as folder:
         samples = replace(samples, store=Path(folder))

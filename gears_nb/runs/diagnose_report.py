@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +83,7 @@ below that size. <b>FALSIFIED</b>: it is not there, and these slides could have 
 <p>Severity is another matter. A confirmed shift of gene means is ordinary and one subtraction removes it; a confirmed difference of gene programs is a reason <em>not</em> to correct
 everything away. An accuracy near chance means that a linear classifier cannot name the slide; below chance is ordinary after centring.</p>"""
 
-
+# %% ../../nbs/runs/09_diagnose_report.ipynb #9ae2929f
 def _prose(text: str) -> str:
     "Escaped text with `names` in code type."
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
@@ -131,33 +134,80 @@ def write_report(path: str | Path, diagnosis: Diagnosis, title: str = "Diagnosis
     return Path(path)
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #9263e651
-def _read_all(slides: Sequence[str | Path], cells: str | Path | None, report: str | Path | None, profile: str, suffixes: Sequence[str]) -> tuple[list[AnnData], AnnData | None]:
+def _check_seed(kind: str, seed: int, count: int = 1) -> None:
+    "`InputError` if one of the `count` seeds from `seed` on is none that a generator takes."
+    if not 0 <= seed <= 2**32 - count:
+        raise InputError(kind, "seed", f"is {seed}, outside [0, {2**32 - count}]", f"choose a value in that range, for example {option('seed', 0)}")
+
+
+def _check_findings(path: Path) -> None:
+    "`InputError` if the .json file at `path` is there and holds no diagnosis: it is somebody else's, such as the record of a model."
+    if not path.exists():
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = None
+    if not isinstance(kept, Mapping) or set(kept) != {f.name for f in fields(Diagnosis)}:
+        raise InputError(str(path), "--report", "exists and is not a report of ours", "choose another name")
+
+
+def _check_report(report: str | Path, suffixes: Sequence[str], inputs: Sequence[str | Path]) -> None:
+    "`InputError` if the report cannot or must not be written."
+    ending = Path(report).suffix.lower()
+    check_output(report, "--report", ending if ending in suffixes else suffixes[0], inputs)
+    if ending == ".json":
+        _check_findings(Path(report))
+
+# %% ../../nbs/runs/09_diagnose_report.ipynb #cc9b3342
+def _read_all(slides: Sequence[str | Path], cells: str | Path | None, report: str | Path | None, profile: str, suffixes: Sequence[str], *, slide_key: str | None,
+              plane: str | None, layer: str | None) -> tuple[list[AnnData], AnnData | None]:
     "Slides and cells from files, after all refusals that need no data."
-    from gears_nb.data.io import read, read_many
+    from gears_nb.data.io import parse_source, read, read_many
     from gears_nb.encoder.diagnose import SETTINGS
 
     inputs = [*slides, *([cells] if cells is not None else [])]
     check_exists(slides, "--slides"), check_exists(inputs[len(slides):], "--cells")
     if report is not None:
-        ending = Path(report).suffix.lower()
-        check_output(report, "--report", ending if ending in suffixes else suffixes[0], inputs)
+        _check_report(report, suffixes, inputs)
     if profile not in SETTINGS:
         raise InputError("diagnose", "profile", f"there is no {profile!r}", f"use one of {', '.join(SETTINGS)}, for example {option('profile', 'toy')}")
-    return read_many(slides, spatial=True, min_spots=10), None if cells is None else read(cells, spatial=False)
+    tables = read_many(slides, spatial=True, min_spots=10, slide_key=slide_key, plane=plane, layer=layer)
+    if cells is None:
+        return tables, None
+    return tables, read(cells, spatial=False, layer=layer, slide_key="none" if parse_source(cells)[1] is None else slide_key)
 
 
+@contextmanager
+def _takeable(min_genes: bool) -> Iterator[None]:
+    "Within this context a remedy names nothing that cannot be done: no scaled values, and (without `min_genes`) the least number of genes as a setting."
+    try:
+        yield
+    except InputError as error:
+        remedy = re.sub(rf", or {re.escape(option('counts', False))}[^;,]*", "", error.remedy)
+        if not min_genes:
+            flag = option("min_genes", 0).removesuffix("0")
+            setting = r"--set min_genes=\1" if flag.startswith("--") else r"overrides={'min_genes': \1}"
+            remedy = re.sub(rf"{re.escape(flag)}(\d+)", setting, remedy)
+        if remedy == error.remedy:
+            raise
+        raise InputError(error.source, error.field, error.problem, remedy) from error
+
+# %% ../../nbs/runs/09_diagnose_report.ipynb #1c91bddd
 def _title(kind: str, slides: Sequence[str | Path]) -> str:
     return f"{kind} of " + ", ".join(Path(str(s)).name for s in slides)
 
 
 def diagnose_files(slides: Sequence[str | Path], cells: str | Path | None = None, report: str | Path | None = None, *, seed: int = 0, profile: str = "toy",
-                   min_genes: int = 50, training: bool = True, progress: bool = True) -> Diagnosis:
-    """`encoder.diagnose.diagnose` on files (`data.io.read` says which) and, if wanted, the page. Raises `InputError` before anything is written."""
+                   min_genes: int = 50, training: bool = True, progress: bool = True, slide_key: str | None = None, plane: str | None = None,
+                   layer: str | None = None) -> Diagnosis:
+    """`encoder.diagnose.diagnose` on files (`data.io.read` says which, and what `slide_key`, `plane` and `layer` are) and, if wanted, the page. Raises `InputError` before anything is written."""
     from gears_nb.encoder.diagnose import diagnose
 
-    tables, query = _read_all(slides, cells, report, profile, (".html",))
-    with named_after({"cells": cells} if cells is not None else {}):
-        found = diagnose(tables, query, seed=seed, profile=profile, min_genes=min_genes, training=training, progress=progress)
+    _check_seed("diagnose", seed)
+    with named_after({"cells": cells} if cells is not None else {}), _takeable(True):
+        tables, query = _read_all(slides, cells, report, profile, (".html",), slide_key=slide_key, plane=plane, layer=layer)
+        found = diagnose(tables, query, seed=seed, profile=profile, min_genes=min_genes, training=training, progress=progress, plane=plane)
     if report is not None:
         write_report(report, found, _title("Diagnosis", slides))
     return found
@@ -172,16 +222,19 @@ normalised, so read it beside the other energies of the same table (first guess,
 
 
 def readiness_files(slides: Sequence[str | Path], cells: str | Path | None = None, report: str | Path | None = None, *, seed: int = 0, seeds: int = 5, profile: str = "toy",
-                    model: str = "d7", overrides: dict[str, Any] | None = None, jobs: int | None = None, progress: bool = True) -> Diagnosis:
-    "`structure.readiness.readiness` on files and, if wanted, the page (.html) or the findings (.json). Raises `InputError` before anything is written."
+                    model: str = "d7", overrides: dict[str, Any] | None = None, jobs: int | None = None, progress: bool = True, slide_key: str | None = None, plane: str | None = None,
+                    layer: str | None = None) -> Diagnosis:
+    """`structure.readiness.readiness` on files (`slide_key`, `plane`, `layer`: as in `data.io.read`) and, if wanted, the page (.html) or the findings (.json). Raises `InputError` before
+    anything is written, also for a .json file that is there and holds no diagnosis."""
     from gears_nb.structure.readiness import readiness
 
     if seeds < 1 or (jobs is not None and jobs < 1):
         wrong, given = ("seeds", seeds) if seeds < 1 else ("jobs", jobs)
         raise InputError("readiness", wrong, f"{given} is below 1", f"give a positive number, for example {option(wrong, 2)}")
-    tables, query = _read_all(slides, cells, report, profile, (".html", ".json"))
-    with named_after({"cells": cells} if cells is not None else {}):
-        found = readiness(tables, query, seed=seed, seeds=seeds, profile=profile, base=model, diff=overrides, jobs=jobs, progress=progress)
+    _check_seed("readiness", seed, seeds)
+    with named_after({"cells": cells} if cells is not None else {}), _takeable(False):
+        tables, query = _read_all(slides, cells, report, profile, (".html", ".json"), slide_key=slide_key, plane=plane, layer=layer)
+        found = readiness(tables, query, seed=seed, seeds=seeds, profile=profile, base=model, diff=overrides, jobs=jobs, progress=progress, plane=plane)
     if report is not None and Path(report).suffix.lower() == ".json":
         write_json(report, found.to_dict())
     elif report is not None:

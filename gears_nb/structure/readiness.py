@@ -224,15 +224,16 @@ def embed_samples(samples: Samples, config: GearsConfig) -> tuple[dict[str, np.n
 
 
 def readiness(slides: Sequence[AnnData], cells: AnnData | None = None, *, seeds: int = 5, seed: int = 0, profile: str = "toy", base: str = "d7",
-              diff: Mapping[str, Any] | None = None, jobs: int | None = None, progress: bool = False, store: Store | None = None) -> Diagnosis:
+              diff: Mapping[str, Any] | None = None, jobs: int | None = None, progress: bool = False, store: Store | None = None,
+              plane: str | None = None) -> Diagnosis:
     """The go/no-go table of `slides` (raw counts, `obsm['spatial']`, two or more) and optional `cells`: a `Diagnosis` with one finding per threshold.
 
-    `base`: the rung; `diff`: changed settings; `seeds`: trainings per fold; `jobs`: processes. Raises `InputError` for tables that cannot be used.
+    `base`: the rung; `diff`: changed settings; `seeds`: trainings per fold; `jobs`: processes; `plane`: two of three coordinates. Raises `InputError` for tables that cannot be used.
     """
     config = base_config(profile, base, {"seed": seed, **dict(diff or {})})
     if len(slides) < 2:
         raise InputError("readiness", "slides", f"{len(slides)} given", "give at least two: all but one train, one tests")
-    samples = prepare(slides, cells, seed=seed, profile=profile, min_genes=config.min_genes)
+    samples = prepare(slides, cells, seed=seed, profile=profile, min_genes=config.min_genes, plane=plane)
     H, embedded = embed_samples(samples, config)
     made, asked = folds(list(samples.slides), seed, config, store), variants_of(config)
     first = lambda names, n: run_variants("readiness", {k: asked[k] for k in names}, data=made, seeds=range(seed, seed + n), profile=profile, base=config, jobs=jobs,
