@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .digests import changed, modules_of
 from .errors import InputError
 from .store import atomic_path
 
@@ -177,11 +178,11 @@ def figures_root(profile: str = "toy") -> Path:
     return repo_root() / ("runs/smoke/figures" if profile == "smoke" else "figures")
 
 
-def _made_by(chapter: str, name: str, notebook: str | None) -> dict[str, str] | None:
-    """Path and digest of the notebook of an experiment, None when there is none."""
+def _made_by(chapter: str, name: str, notebook: str | None) -> dict[str, Any] | None:
+    """Path and digest of the notebook of an experiment and digests of the modules that it uses, None when there is none."""
     root = repo_root()
     found = root / notebook if notebook else find_notebook(chapter, name, root)
-    return {"path": found.relative_to(root).as_posix(), "digest": notebook_digest(found)} if found else None
+    return {"path": found.relative_to(root).as_posix(), "digest": notebook_digest(found), "modules": modules_of(found)} if found else None
 
 # %% ../../nbs/core/09_results.ipynb #49df3569
 @dataclass
@@ -255,4 +256,9 @@ def is_stale(record: Mapping[str, Any], root: Path | None = None) -> str | None:
     path = (root or repo_root()) / made_by["path"]
     if not path.is_file():
         return f"{made_by['path']} is gone"
-    return None if notebook_digest(path) == made_by["digest"] else f"the code of {made_by['path']} changed since"
+    if notebook_digest(path) != made_by["digest"]:
+        return f"the code of {made_by['path']} changed since"
+    if "modules" not in made_by:
+        return "measured before the modules it used were recorded"
+    other = changed(made_by["modules"], modules_of(path))
+    return f"{', '.join(other[:4])}{f' and {len(other) - 4} more' if len(other) > 4 else ''} changed since" if other else None
