@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_bad_table_is_refused_when_read_and_when_validated(case: str, tmp_path: 
         validate_slide(make(), "A.h5ad", min_spots=96 if "few" in case else 3)
     one_line(refused.value, "A.h5ad", field, words)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("value", [2e38, 1e39, 1e300])
+def test_values_beyond_single_precision_are_refused(value: float, sparse: bool):
+    adata = slide()
+    X = np.asarray(adata.X.todense() if sp.issparse(adata.X) else adata.X, dtype=np.float64)
+    X[2, 4], X[3, 5] = value, value / 2
+    adata.X = sp.csr_matrix(X) if sparse else X
+    words = re.escape(f"A.h5ad: X: the largest value, {value:g} (cell '{adata.obs_names[2]}', gene '{adata.var_names[4]}'), does not fit")
+    with pytest.raises(InputError, match=words):
+        validate_cells(adata, "A.h5ad")
 
 
 def test_the_message_says_where_the_counts_are():

@@ -91,6 +91,13 @@ UNUSABLE_SLIDES: dict[str, tuple[ad.AnnData, str]] = {
     "offset beyond double": (spots(tissue() + 1e18), "positions collapse to"),
     "offset beyond single": (spots((tissue() + 1e9).astype(np.float32)), "distance from zero 1e+09"),
     "offset, all rounded": (spots(tissue() + 1e22), "one point"),
+    "x is constant": (spots(tissue() * [0, 1] + [5, 0]), "all 120 spots lie on one line. Remedy: give both coordinates"),
+    "y is constant": (spots(tissue() * [1, 0] + [0, 5]), "all 120 spots lie on one line"),
+    "y is x": (spots(np.repeat(tissue()[:, :1], 2, axis=1)), "all 120 spots lie on one line"),
+    "y has no scale": (spots(tissue() * [1, 1e-12]), "all 120 spots lie on one line"),
+    "a huge line": (spots(tissue() * [1e300, 0]), "all 120 spots lie on one line"),
+    "a line but for placeholders": (spots(np.r_[tissue() * [1, 0] + [0, 5], np.full((3, 2), -999.0)]), "all 120 spots lie on one line"),
+    "one section is a line": (spots(np.r_[tissue(), tissue(30) * [1, 0]], slide=["A"] * 120 + ["B"] * 30), "all 30 spots lie on one line"),
     "offset and placeholders": (spots(np.r_[tissue() + 1e18, np.zeros((3, 2))]), "positions collapse to"),
 }
 
@@ -140,6 +147,13 @@ ASIDE: dict[str, tuple[np.ndarray, list[list[float]], str]] = {
     "just beyond": (lattice(), [[80, 5.5]], FAR),
     "missing": (tissue(), [[np.nan, 1], [1, np.nan], [np.nan, np.nan]], MISSING),
     "infinite": (tissue(), [[np.inf, 1], [-np.inf, 2]], MISSING),
+    "one minus 999": (tissue(), [[-999, -999]], PLACEHOLDER),
+    "one minus one": (tissue(), [[-1, -1]], PLACEHOLDER),
+    "one zero": (tissue(), [[0, 0]], PLACEHOLDER),
+    "one minus 999 beside a lattice": (lattice(), [[-999, -999]], PLACEHOLDER),
+    "minus one in x": (tissue(), [[-1, 600], [-1, 700], [-1, 801]], PLACEHOLDER),
+    "zero in y": (tissue(), [[600, 0], [700, 0], [801, 0], [900, 0]], PLACEHOLDER),
+    "minus 999 in one column each": (lattice(), [[-999, 3]] * 3 + [[5, -999]] * 3, PLACEHOLDER),
 }
 
 
@@ -158,8 +172,10 @@ LEGITIMATE: dict[str, np.ndarray] = {
     "every spot twice": np.repeat(tissue(), 2, axis=0), "one pair": np.r_[tissue(), tissue()[:1]],
     "rounded": np.random.default_rng(5).integers(0, 50, (1000, 2)).astype(float), "cells of one spot each": np.repeat(tissue(6), 5, axis=0),
     "two pieces": two_pieces(0.5, 5), "a small piece": two_pieces(0.9, 5), "strip": np.c_[np.linspace(0, 1e5, 300), np.sin(np.arange(300))],
-    "line": np.c_[np.arange(100.0), np.zeros(100)], "ring": np.c_[np.cos(np.arange(300)), np.sin(np.arange(300))],
+    "ring": np.c_[np.cos(np.arange(300)), np.sin(np.arange(300))],
     "three cores": np.concatenate([tissue(60), tissue(60, 1) + [4000, 0], tissue(60, 2) + [0, 4000]]),
+    "a lattice of three rows": lattice(3), "a lattice of two rows": lattice(2, 40), "few rows": lattice(5, 5), "two sentinels by chance": np.r_[tissue(), [[450, -1], [460, -1]]],
+    "lattice about minus one": lattice() - [1, 1], "one-row strip": np.c_[np.linspace(0, 1e5, 300), 3e-1 * np.sin(np.arange(300))],
     "gaussian": np.random.default_rng(6).normal(size=(5000, 2)), "tiny": tissue() * 1e-300, "huge": tissue() * 1e300, "offset": tissue() + 1e12,
 }
 
@@ -180,6 +196,34 @@ def test_honest_positions_are_left_alone(case: str):
     C = LEGITIMATE[case]
     found = positions(spots(C), "truth.h5ad")
     assert found.usable.all() and found.notes == () and np.array_equal(found.xy, C)
+
+
+@pytest.mark.parametrize("C", [np.c_[np.arange(100.0), np.zeros(100)], tissue() * [0, 1], np.repeat(tissue()[:, :1], 2, axis=1), tissue() * [1, 1e-12]])
+def test_a_line_is_a_note_where_positions_are_only_read(C: np.ndarray):
+    found = positions(spots(C), "truth.h5ad")
+    assert found.usable.all() and found.notes == (f"truth.h5ad: obsm['spatial']: all {len(C)} spots lie on one line",)
+
+
+def test_a_plane_over_few_heights_asks_for_sections():
+    C = np.c_[tissue(), np.repeat([0.0, 10.0], 60)]
+    with pytest.warns(GearsWarning, match="A.h5ad: obsm..spatial..: z takes 2 values, probably sections: add a column of obs that names them"):
+        clean, _ = validate_slide(spots(C), "A.h5ad", plane="xy")
+    assert np.array_equal(clean.obsm["spatial"], tissue())
+    with pytest.warns(GearsWarning, match="y takes 2 values"):
+        validate_slide(spots(C[:, [0, 2, 1]]), "A.h5ad", plane="xz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        validate_slide(spots(C, slide=["A"] * 60 + ["B"] * 60), "A.h5ad", plane="xy")
+        validate_slide(spots(np.c_[tissue(), tissue(seed=1)[:, 0]]), "A.h5ad", plane="xy")
+        validate_slide(spots(np.c_[tissue(), np.zeros(120)]), "A.h5ad", plane="xy")
+
+
+def test_a_section_that_is_too_small_is_named_and_no_setting_is_offered_that_is_refused():
+    adata = spots(tissue(149), slide=["A"] * 120 + ["B"] * 29)
+    with pytest.raises(InputError, match=r"A.h5ad: obs\['slide'\] == 'B': 29 spots, at least 64 are needed \(one training piece\)\. Remedy: drop this section\.$"):
+        validate_slide(adata, "A.h5ad", min_spots=64)
+    with pytest.raises(InputError, match="structure.miniset': 30"):
+        validate_slide(spots(tissue(30)), "A.h5ad", min_spots=64)
 
 
 def test_sections_are_asked_one_by_one():
@@ -246,7 +290,7 @@ TYPES = {
     "object": tissue().astype(object), "frame": pd.DataFrame(tissue(), index=NAMES), "sparse": sp.csr_matrix(lattice()),
     "frame of integers": pd.DataFrame(np.rint(tissue()).astype(int), index=NAMES), "column order": np.asfortranarray(tissue()),
     "nullable frame": pd.DataFrame(tissue(), index=NAMES).astype("Float64"), "sparse columns": sp.csc_matrix(lattice()),
-    "mixed frame": pd.DataFrame({"x": np.arange(120), "y": np.linspace(0, 9, 120)}, index=NAMES),
+    "mixed frame": pd.DataFrame({"x": np.arange(120), "y": np.linspace(0, 9, 120) ** 2}, index=NAMES),
 }
 
 

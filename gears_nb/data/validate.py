@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PLANES', 'SENTINELS', 'MISSING', 'PLACEHOLDER', 'FAR', 'EMPTY', 'MAX_UNUSABLE', 'check_names', 'check_values',
-           'fractional_share', 'check_counts', 'Positions', 'positions', 'coordinates', 'check_spatial', 'rescaled',
-           'Report', 'check', 'validate_slide', 'validate_cells']
+__all__ = ['MAX_VALUE', 'PLANES', 'SENTINELS', 'MISSING', 'PLACEHOLDER', 'FAR', 'EMPTY', 'MIN_MINISET', 'MAX_UNUSABLE',
+           'check_names', 'check_values', 'fractional_share', 'check_counts', 'Positions', 'positions', 'coordinates',
+           'check_spatial', 'rescaled', 'Report', 'check', 'validate_slide', 'validate_cells']
 
 # %% ../../nbs/data/02_validate.ipynb #5b5f81ea
 def _some(names: Sequence, limit: int = 5) -> str:
@@ -60,6 +60,10 @@ def _first_bad(adata: AnnData, bad: Any) -> str:
     return f"{len(rows)} values, first at cell '{adata.obs_names[rows[0]]}', gene '{adata.var_names[columns[0]]}'"
 
 
+MAX_VALUE = 1e30
+"Largest value of a table: beyond it sums over genes and cells leave single precision, which ends at 3e38."
+
+
 def check_values(adata: AnnData, source: str) -> None:
     """`InputError` unless `X` (n, g) is there, numeric, finite and non-negative."""
     values = None if adata.X is None else _stored(adata.X)
@@ -71,6 +75,9 @@ def check_values(adata: AnnData, source: str) -> None:
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(source, "X", f"NaN or infinite ({_first_bad(adata, lambda v: ~np.isfinite(v))})", "drop or impute these values")
+    if float(high) > MAX_VALUE:
+        where = _first_bad(adata, lambda v: v == high).partition("first at ")[2]
+        raise InputError(source, "X", f"the largest value, {float(high):.6g} ({where}), does not fit into single precision", "give counts")
     if low < 0:
         where = _first_bad(adata, lambda v: v < 0)
         raise InputError(source, "X", f"negative ({where})", "give raw counts, not z-scores or residuals" + _counts_hint(adata))
@@ -145,6 +152,16 @@ def _flat(depth: np.ndarray, labels: np.ndarray) -> bool:
     return all(len(np.unique(depth[known & (labels == label)])) < 2 for label in dict.fromkeys(labels))
 
 
+def _stacked(depth: np.ndarray, labels: np.ndarray) -> int:
+    """How many values `depth` (n,) takes within one of the `labels` (n,), if 2 to 20, each in three rows on average; else 0."""
+    for label in dict.fromkeys(labels):
+        own = depth[(labels == label) & np.isfinite(depth)]
+        count = len(np.unique(own))
+        if 2 <= count <= 20 and 3 * count <= len(own):
+            return count
+    return 0
+
+
 def _in_plane(C: np.ndarray, source: str, field: str, plane: str | None, labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Two of the columns of `C` (n, 2 or 3), and a note if one was left out."""
     if plane is not None and plane not in PLANES:
@@ -154,7 +171,10 @@ def _in_plane(C: np.ndarray, source: str, field: str, plane: str | None, labels:
             raise InputError(source, field, f"has two columns, so no plane {plane}", "leave the plane out")
         return C, []
     if plane is not None:
-        return C[:, PLANES[plane]], []
+        axis = 3 - sum(PLANES[plane])
+        count = _stacked(C[:, axis], labels)
+        told = f"{'xyz'[axis]} takes {count} values, probably sections: add a column of obs that names them"
+        return C[:, PLANES[plane]], [f"{source}: {field}: {told}"] if count else []
     if _flat(C[:, 2], labels):
         return C[:, :2], [f"{source}: {field}: third column left out, it is constant"]
     low, high = np.nanmin(C[:, 2]), np.nanmax(C[:, 2])
@@ -186,15 +206,43 @@ def _crowd_size(count: np.ndarray) -> float:
     return np.inf
 
 
+def _outside(values: np.ndarray, others: np.ndarray, size: float) -> np.ndarray:
+    """(n,) bool: does the value lie more than a tenth of `size` beyond the smallest or largest of `others`?"""
+    return np.maximum(others.min() * 0.25 - values * 0.25, values * 0.25 - others.max() * 0.25) > 0.1 * size
+
+
+def _sentinels(xy: np.ndarray, least: int = 20) -> np.ndarray:
+    """(n,) bool: does the row of `xy` (n, 2) hold one of the `SENTINELS`, far outside the box of the others?
+
+    In both columns one row will do, in one column three. `least`: rows that a box is made of.
+    """
+    found = (xy[:, 0] == xy[:, 1]) & np.isin(xy[:, 0], SENTINELS)
+    others = xy[~found]
+    size = np.ptp(others * 0.25, axis=0).max() if len(others) >= least else 0.0
+    if size == 0:
+        return np.zeros(len(xy), dtype=bool)
+    found &= np.any([_outside(xy[:, i], others[:, i], size) for i in (0, 1)], axis=0)
+    for i, value in ((i, v) for i in (0, 1) for v in SENTINELS):
+        written = ~found & (xy[:, i] == value)
+        rest = np.unique(xy[~found & ~written, i])
+        if written.sum() < 3 or 2 * written.sum() > len(xy) or len(rest) < 3:
+            continue
+        # A row of a lattice is as near to the next row as the others are to each other; a sentinel is not.
+        gap = max(rest[0] - value, value - rest[-1])
+        if gap > 3 * np.diff(rest).max() and gap * 0.25 > 0.1 * np.ptp(xy[~found & ~written] * 0.25, axis=0).max():
+            found |= written
+    return found
+
+
 def _placeholders(xy: np.ndarray) -> np.ndarray:
-    """(n,) bool: does the row of `xy` (n, 2) lie in a crowd?"""
+    """(n,) bool: does the row of `xy` (n, 2) lie in a crowd, or hold a sentinel?"""
     place, count = _places(xy)
     written = (xy[:, 0] == xy[:, 1]) & np.isin(xy[:, 0], SENTINELS)
     if len(count) == 1:
         return np.full(len(xy), len(xy) >= 3 or (len(xy) == 2 and bool(written.all())))
     usual = np.quantile(count, 0.95, method="lower")
     least = np.where(written, 2 if usual == 1 else 3 * usual, np.inf)
-    return count[place] >= np.minimum(least, _crowd_size(count))
+    return (count[place] >= np.minimum(least, _crowd_size(count))) | _sentinels(xy)
 
 # %% ../../nbs/data/02_validate.ipynb #9c5f42ca
 def _far(xy: np.ndarray, limit: float = 15.0) -> np.ndarray:
@@ -226,6 +274,17 @@ def _where(xy: np.ndarray) -> str:
     return f" {_some(list(places), 3)}"
 
 # %% ../../nbs/data/02_validate.ipynb #35ce87e4
+def _on_line(xy: np.ndarray, tolerance: float = 1e-6) -> bool:
+    """Do three or more finite rows of `xy` (n, 2) lie on one line, up to `tolerance` of its length? Not if all coincide."""
+    quarter = xy * 0.25  # differences of the largest numbers stay finite
+    width = np.ptp(quarter, axis=0).max() if len(xy) > 2 else 0.0
+    if width == 0:
+        return False
+    shape = (quarter - quarter[0]) / width
+    long, short = np.linalg.svd(shape - shape.mean(axis=0), compute_uv=False)
+    return bool(short <= tolerance * long)
+
+
 def positions(adata: AnnData, source: object, *, key: str = "spatial", plane: str | None = None,
               labels: np.ndarray | None = None) -> Positions:
     """`obsm[key]` of any table as `Positions`. `plane`: two of three columns; `labels` (n,): sections (None: one).
@@ -241,6 +300,9 @@ def positions(adata: AnnData, source: object, *, key: str = "spatial", plane: st
             rows = np.flatnonzero((labels == label) & (reasons == ""))
             if len(rows):
                 reasons[rows[found(xy[rows])]] = reason
+        rows = np.flatnonzero((labels == label) & (reasons == ""))
+        if _on_line(xy[rows]):
+            notes.append(f"{source}: {field}: all {len(rows)} spots lie on one line")
     for reason in (MISSING, PLACEHOLDER, FAR):
         rows = np.flatnonzero(reasons == reason)
         if len(rows):
@@ -268,18 +330,22 @@ def _named(adata: AnnData, rows: np.ndarray, label: str, slide_key: str | None) 
     return f"section '{label}'" if label else "obs"
 
 
+MIN_MINISET = 30
+"Smallest value that the setting `structure.miniset` takes."
+
+
 def _check_size(count: int, source: str, where: str, min_spots: int) -> None:
     """`InputError` for fewer than `min_spots` spots; more than ten are a piece of tissue that training cuts out."""
     if count >= min_spots:
         return
     piece, remedy = "", "drop this section"
     if min_spots > 10:
-        piece, remedy = " (one training piece)", remedy + f", or lower it: {option('structure.miniset', count)}" * (count > 10)
+        piece, remedy = " (one training piece)", remedy + f", or lower it: {option('structure.miniset', count)}" * (count >= MIN_MINISET)
     raise InputError(source, where, f"{count} spots, at least {min_spots} are needed{piece}", remedy)
 
 
 def _check_extent(xy: np.ndarray, source: str, precision: float) -> None:
-    """`InputError` if the spots `xy` (n, 2) of a section coincide; `precision`: relative step of the stored numbers, 0 if exact."""
+    """`InputError` if the spots `xy` (n, 2) of a section coincide or lie on a line; `precision`: relative step of the stored numbers, 0 if exact."""
     count, quarter = len(_places(xy)[1]), xy * 0.25
     width, size = np.ptp(quarter, axis=0).max(), np.abs(quarter).max()
     rounded = count < len(xy) and width < 32 * precision * size
@@ -288,6 +354,8 @@ def _check_extent(xy: np.ndarray, source: str, precision: float) -> None:
         problem += f", all {len(xy)} spots lie in one point" if count == 1 else f" for {len(xy)} spots"
         far = f" (width {width * 4:.3g}, distance from zero {size * 4:.3g})" if rounded else ""
         raise InputError(source, "obsm['spatial']", problem + far, "give measured positions, less any large offset")
+    if _on_line(xy):
+        raise InputError(source, "obsm['spatial']", f"all {len(xy)} spots lie on one line", "give both coordinates of every spot")
 
 # %% ../../nbs/data/02_validate.ipynb #2cfb53c5
 MAX_UNUSABLE = 0.05
