@@ -40,8 +40,10 @@ $(STAMP):
 demo: $(STAMP)
 	@$(BIN)/gears demo --out demo
 
+# two processes; a file of tests stays in one, so that its fixtures and trained models are made once
+WORKERS ?= 2
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest -q -o faulthandler_timeout=300 tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -o faulthandler_timeout=300 tests
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --notebook-dir=nbs
