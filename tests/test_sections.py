@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gears_nb.core.errors import InputError, speaking
+from gears_nb.core.errors import GearsWarning, InputError, speaking
 from gears_nb.data.sections import repeated_sections, section_labels, split_sections
 from gears_nb.data.validate import validate_slide
 
@@ -59,6 +60,10 @@ ACCEPTED: dict[str, tuple[Callable[[], ad.AnnData], str | None, list[str]]] = {
     "none of several": (lambda: table(slide=list("aaabbbcccddd"), sample=HALVES), "none", [""] * 12),
     "none with libraries": (lambda: table(uns=LIBRARIES), "none", [""] * 12),
     "none with gaps": (lambda: table(slide=["A"] * 6 + [None] * 6), "none", [""] * 12),
+    "capitals": (lambda: table(Sample=HALVES), None, HALVES),
+    "all capitals": (lambda: table(SLIDE=["A"] * 12, LIBRARY_ID=HALVES), None, HALVES),
+    "both spellings": (lambda: table(Sample=["A"] * 12, sample=HALVES), None, HALVES),
+    "a batch divides nothing": (lambda: table(batch=HALVES), None, [""] * 12),
     "nullable text": (lambda: table(slide=pd.array(HALVES, dtype="string")), None, HALVES),
 }
 
@@ -77,6 +82,7 @@ REFUSED: dict[str, tuple[Callable[[], ad.AnnData], str | None, str, str]] = {
     "crossed divisions": (lambda: table(library_id=HALVES, sample=["a", "b"] * 6), None, "obs", "library_id makes 2, sample makes 2"),
     "libraries": (lambda: table(uns=LIBRARIES), None, "uns['spatial']", "2 libraries (L1, L2), but no column"),
     "libraries, one slide": (lambda: table(uns=LIBRARIES, slide=["A"] * 12), None, "uns['spatial']", "add obs['library_id']"),
+    "two divisions in capitals": (lambda: table(Slide=list("aaabbbcccddd"), Sample=HALVES), None, "obs", "choose with slide_key='Slide' or slide_key='Sample'"),
     "libraries in another column": (lambda: table(uns=LIBRARIES, batch=HALVES), None, "uns['spatial']", "slide_key='batch'"),
 }
 
@@ -139,6 +145,33 @@ def test_a_slide_is_validated_section_by_section():
     assert validate_slide(adata, "A.h5ad", slide_key="none")[0].n_obs == 12
 
 
+def said(adata: ad.AnnData, key: str | None = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        split_sections(adata, "A.h5ad", key)
+    return [str(w.message) for w in seen if issubclass(w.category, GearsWarning)]
+
+
+@pytest.mark.parametrize("name", ["batch", "Batch", "section", "section_id", "sample_id", "Sample.ID", "library", "slice", "orig.ident", "fov", "puck", "donor"])
+def test_a_usual_name_of_sections_is_asked_about_once(name: str):
+    adata = table(**{"fov": HALVES, name: HALVES})
+    words = f"A.h5ad: obs['{name}'] has 2 labels: if these are sections, name it with slide_key='{name}'"
+    assert said(adata) == [words]
+    assert said(adata, name) == said(adata, "none") == []
+    assert said(split_sections(adata, "A.h5ad", "none")[0]) == []
+    with speaking("shell"):
+        assert said(adata) == [words.replace("slide_key='", "--slide-key ").rstrip("'")]
+
+
+def test_no_question_without_a_reason():
+    assert said(table(batch=HALVES, sample=HALVES)) == said(table(batch=["a"] * 12)) == said(table(batch=[f"b{i}" for i in range(12)])) == []
+    assert said(table(0, 104, batch=[f"b{i // 2}" for i in range(104)])) == [] and len(said(table(0, 100, batch=[f"b{i // 2}" for i in range(100)]))) == 1
+    assert said(table(cluster=HALVES, cell_type=HALVES, total_counts=range(12))) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        section_labels(table(batch=HALVES), "Q.h5ad")  # a query
+
+
 # ---------------------------------------------------------------- the same section twice
 
 
@@ -197,9 +230,26 @@ def swapped(adata: ad.AnnData) -> ad.AnnData:
     return adata
 
 
+def other_gene(adata: ad.AnnData) -> ad.AnnData:
+    "Without one gene, one gene of another name."
+    adata = adata[:, :19].copy()
+    adata.var_names = [*adata.var_names[:18], "Other"]
+    return adata
+
+
+def shallow(seed: int) -> ad.AnnData:
+    "Rows of three counts in five genes: chance makes many equal."
+    adata = table(seed, 3000)
+    X = np.zeros(adata.shape, np.float32)
+    X[:, :5] = np.random.default_rng(seed).poisson(0.8, (3000, 5))
+    adata.X = sp.csr_matrix(X)
+    return adata
+
+
+NEARLY = [one_count_more, swapped, lambda a: moved(renamed(a)), lambda a: renamed(bare(a)), lambda a: a[:11].copy(), lambda a: a[:, :19].copy(),
+          lambda a: a[2:9].copy(), lambda a: shuffled(moved(renamed(a[:4].copy()))), other_gene, lambda a: ad.concat([a, table(7, 9)])]
 SAME = [lambda a: a, shuffled, renamed, moved, dense, single, with_zeros, bare, lambda a: shuffled(renamed(a)), lambda a: bare(shuffled(dense(a)))]
-OTHER = [one_count_more, swapped, lambda a: moved(renamed(a)), lambda a: renamed(bare(a)), lambda a: a[:11].copy(),
-         lambda a: a[:, :19].copy(), lambda a: table(3), lambda a: ad.AnnData(obs=a.obs)]
+OTHER = [lambda a: table(3), lambda a: ad.AnnData(obs=a.obs), lambda a: ad.concat([a[:6], table(7, 6)]), lambda a: a[:, :2].copy()]
 
 
 @pytest.mark.parametrize("change", SAME)
@@ -212,6 +262,23 @@ def test_the_same_section_is_recognised(change: Callable[[ad.AnnData], ad.AnnDat
 def test_another_section_is_not(change: Callable[[ad.AnnData], ad.AnnData]):
     first = table(1)
     assert repeated_sections([first, change(first), table(2)]) == []
+
+
+@pytest.mark.parametrize("change", NEARLY)
+def test_the_same_section_but_for_a_little_is_recognised(change: Callable[[ad.AnnData], ad.AnnData]):
+    first = table(1)
+    assert repeated_sections([table(2), first, change(first)]) == [(2, 1)]
+
+
+def test_rows_that_are_equal_by_chance_are_no_repeat():
+    assert repeated_sections([shallow(1), shallow(2), shallow(1)]) == [(2, 0)]
+    assert repeated_sections([shallow(1), shallow(2)[:40].copy()]) == []
+
+
+def test_other_genes_are_no_repeat():
+    first, second = table(1), table(1)
+    second.var_names = [f"Other{j}" for j in range(20)]
+    assert repeated_sections([first, second]) == []
 
 
 def test_each_repeat_is_paired_with_the_first():

@@ -6,24 +6,32 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from ..core.errors import InputError, option
+from ..core.errors import GearsWarning, InputError, option
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SECTION_COLUMNS', 'MARK', 'section_labels', 'split_sections', 'repeated_sections']
+__all__ = ['SECTION_COLUMNS', 'OTHER_COLUMNS', 'MARK', 'LEAST_VALUES', 'section_columns', 'section_labels', 'hint_sections',
+           'split_sections', 'repeated_sections']
 
 # %% ../../nbs/data/10_sections.ipynb #cd1f43b6
 SECTION_COLUMNS = ("slide", "library_id", "sample")
-"Columns of `obs` that are asked which section a row belongs to, in this order."
+"Columns of `obs` that are asked which section a row belongs to, in this order, in capitals or not."
+
+OTHER_COLUMNS = ("section", "section_id", "section_name", "slide_id", "slide_name", "slice", "slice_id", "sample_id", "sample_name", "sampleid",
+                 "library", "library_name", "orig_ident", "batch", "batch_id", "puck", "puck_id", "capture_area", "array", "array_id", "chip",
+                 "bregma", "specimen", "specimen_id", "donor", "donor_id", "patient", "patient_id", "subject", "individual", "mouse", "mouse_id",
+                 "animal", "animal_id", "replicate", "fov")
+"Other usual names of such columns (points and blanks read as `_`): too many meanings to be followed, but worth a question."
 
 MARK = "gears_section"
 "Entry of `uns` with the label of a table that `split_sections` made."
@@ -69,15 +77,21 @@ def _groups(text: np.ndarray) -> np.ndarray:
     return np.array([order[label] for label in text])
 
 
+def section_columns(adata: AnnData) -> list[str]:
+    "The `SECTION_COLUMNS` of a table, spelt as in `obs`; `sample` comes before `Sample`."
+    rank = {name: i for i, name in enumerate(SECTION_COLUMNS)}
+    found = [name for name in adata.obs.columns if str(name).lower() in rank]
+    return sorted(found, key=lambda name: (rank[str(name).lower()], str(name) not in rank))
+
+
 def _dividing(adata: AnnData) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "Labels and gaps of the `SECTION_COLUMNS` that tell rows apart."
     found = {}
-    for name in SECTION_COLUMNS:
-        if name in adata.obs:
-            text, missing = _read_labels(adata.obs[name])
-            count = len(set(text))
-            if count > 1 and not (count == len(text) and count > 2):
-                found[name] = text, missing
+    for name in section_columns(adata):
+        text, missing = _read_labels(adata.obs[name])
+        count = len(set(text))
+        if count > 1 and not (count == len(text) and count > 2):
+            found[name] = text, missing
     return found
 
 
@@ -110,7 +124,7 @@ def _check_libraries(adata: AnnData, source: str) -> None:
         return
     columns = [c for c in adata.obs if adata.obs[c].dtype.kind == "O" or hasattr(adata.obs[c], "cat")]
     texts = {str(c): set(adata.obs[c].astype(str)) for c in columns}
-    if any(len(texts.get(name, ())) == 1 and texts[name] <= set(libraries) for name in SECTION_COLUMNS):
+    if any(len(texts.get(name, ())) == 1 and texts[name] <= set(libraries) for name in section_columns(adata)):
         return
     fitting = [option("slide_key", name) for name, text in texts.items() if len(text) > 1 and text <= set(libraries)]
     choice = " or ".join(fitting) or option("slide_key", "COLUMN")
@@ -142,13 +156,30 @@ def section_labels(adata: AnnData, source: object, key: str | None = None) -> np
     only = set(_read_labels(adata.obs["slide"])[0]) if "slide" in adata.obs and key is None else set()
     return np.full(adata.n_obs, only.pop() if len(only) == 1 else "", dtype=object)
 
+# %% ../../nbs/data/10_sections.ipynb #510a639e
+def hint_sections(adata: AnnData, source: object) -> None:
+    "One `GearsWarning` for a slide that no rule divides, if one of the `OTHER_COLUMNS` has 2 to 50 labels."
+    if _marked(adata) or _dividing(adata):
+        return
+    plain = {str(name).lower().replace(".", "_").replace(" ", "_"): name for name in adata.obs.columns}
+    for name in (plain[usual] for usual in OTHER_COLUMNS if usual in plain):
+        text, missing = _read_labels(adata.obs[name])
+        count = len(set(text[~missing]))
+        if 2 <= count <= 50 and count < len(text):
+            told = f"obs['{name}'] has {count} labels: if these are sections, name it with {option('slide_key', str(name))}"
+            warnings.warn(f"{source}: {told}", GearsWarning, stacklevel=3)
+            return
+
 # %% ../../nbs/data/10_sections.ipynb #05861b97
 def split_sections(adata: AnnData, source: object, key: str | None = None) -> list[AnnData]:
     """One copy per section of `section_labels`, in order of first appearance, its label in `obs['slide']`; `adata` is not changed.
 
-    A backed table is read into memory section by section. Raises what `section_labels` raises.
+    A backed table is read into memory section by section. Raises what `section_labels` raises; without `key` warns as
+    `hint_sections` does.
     """
     labels, parts = section_labels(adata, source, key), []
+    if key is None:
+        hint_sections(adata, source)
     for label in dict.fromkeys(labels):
         part = adata[np.flatnonzero(labels == label)]
         part = part.to_memory() if adata.isbacked else part.copy()
@@ -178,13 +209,18 @@ def _row_codes(X: Any, genes: np.ndarray) -> np.ndarray:
     return total[X.indptr[1:]] - total[X.indptr[:-1]]
 
 
+def _names_as_numbers(names: pd.Index) -> np.ndarray:
+    "One 64-bit number per name."
+    from pandas.util import hash_array
+
+    return _scramble(hash_array(np.asarray(names, dtype=object), categorize=False))
+
+
 def _fingerprints(adata: AnnData) -> set[tuple[str, bytes]]:
     "Digests of the table's counts with its barcodes and, if there, with its positions."
     from hashlib import blake2b
 
-    from pandas.util import hash_array
-
-    names = lambda index: _scramble(hash_array(np.asarray(index, dtype=object), categorize=False))
+    names = _names_as_numbers
     rows, keys = _row_codes(adata.X, names(adata.var_names) | np.uint64(1)), {"barcodes": names(adata.obs_names)}
     place = np.asarray(adata.obsm["spatial"]) if "spatial" in adata.obsm else np.empty(0)
     if place.ndim == 2 and place.dtype.kind in "fiu" and np.isfinite(place).all():
@@ -195,19 +231,43 @@ def _fingerprints(adata: AnnData) -> set[tuple[str, bytes]]:
     return {(kind, digest(own)) for kind, own in keys.items()}
 
 # %% ../../nbs/data/10_sections.ipynb #d845c887
-def repeated_sections(tables: Sequence[AnnData]) -> list[tuple[int, int]]:
-    """Pairs (later, earlier) of `tables` that hold the same rows: same counts with the same barcodes or the same positions.
+LEAST_VALUES = 3
+"Non-zero values of a row that can be recognised in another table."
 
-    The order of rows and genes does not matter; each repeat is paired with the first table that it repeats. One pass over
-    the stored counts. Tables without `X` are passed over.
+
+def _common_codes(adata: AnnData, common: frozenset[str]) -> np.ndarray:
+    "Codes of the rows over the genes `common`, of those that have `LEAST_VALUES` there and occur once in the table; sorted."
+    shared = np.fromiter((name in common for name in adata.var_names), dtype=bool, count=adata.n_vars)
+    X = adata.X.to_memory() if hasattr(adata.X, "to_memory") else adata.X
+    X = sp.csr_matrix(X if sp.issparse(X) else np.asarray(X))
+    full = np.concatenate([[0], np.cumsum((X.data != 0) & shared[X.indices])])
+    codes = _row_codes(X, np.where(shared, _names_as_numbers(adata.var_names) | np.uint64(1), np.uint64(0)))
+    codes, times = np.unique(codes[full[X.indptr[1:]] - full[X.indptr[:-1]] >= LEAST_VALUES], return_counts=True)
+    return codes[times == 1]
+
+
+def repeated_sections(tables: Sequence[AnnData]) -> list[tuple[int, int]]:
+    """Pairs (later, earlier) of `tables` that hold the same rows.
+
+    Two tables do if counts agree everywhere, with the barcodes or with the positions, or if more than half of the rows of the
+    smaller one have the same counts as a row of the other in all genes that both have. The order of rows and genes does not
+    matter; each repeat is paired with the first table that it repeats. Tables without `X` are passed over.
     """
-    first: dict[tuple[str, bytes], int] = {}
-    pairs = []
-    for i, table in enumerate(tables):
-        prints = set() if table.X is None else _fingerprints(table)
-        known = [first[p] for p in prints if p in first]
-        if known:
-            pairs.append((i, min(known)))
-        for p in prints:
-            first.setdefault(p, i)
-    return pairs
+    prints = [set() if table.X is None else _fingerprints(table) for table in tables]
+    genes = [frozenset(map(str, table.var_names)) for table in tables]
+    known: dict[tuple[int, frozenset[str]], np.ndarray] = {}
+
+    def codes(i: int, common: frozenset[str]) -> np.ndarray:
+        if (i, common) not in known:
+            known[i, common] = _common_codes(tables[i], common)
+        return known[i, common]
+
+    def same(i: int, j: int) -> bool:
+        if not (prints[i] and prints[j]) or prints[i] & prints[j]:
+            return bool(prints[i] & prints[j])
+        common = genes[i] & genes[j]
+        both = np.intersect1d(codes(i, common), codes(j, common), assume_unique=True) if len(common) >= LEAST_VALUES else ()
+        return 2 * len(both) > min(tables[i].n_obs, tables[j].n_obs)
+
+    first = ((i, next((j for j in range(i) if same(i, j)), None)) for i in range(len(tables)))
+    return [(i, j) for i, j in first if j is not None]

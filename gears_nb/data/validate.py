@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core.errors import GearsWarning, InputError, option
-from .sections import SECTION_COLUMNS, section_labels
+from .sections import section_columns, section_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -324,7 +324,7 @@ def coordinates(adata: AnnData, source: str, *, plane: str | None = None) -> np.
 # %% ../../nbs/data/02_validate.ipynb #be2efa5a
 def _named(adata: AnnData, rows: np.ndarray, label: str, slide_key: str | None) -> str:
     """How a message calls the section `label` with these `rows`: the column that says so, or the table."""
-    for name in (slide_key, *SECTION_COLUMNS):
+    for name in (slide_key, *section_columns(adata)):
         if label and name in adata.obs and (adata.obs[name].iloc[rows].astype(str) == label).all():
             return f"obs['{name}'] == '{label}'"
     return f"section '{label}'" if label else "obs"
