@@ -6,11 +6,14 @@ import re
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gears_nb.attention.browser import chromium, watch_network, why_no_browser
+from gears_nb.attention.explore import export_page, gather, records, what_to_explore
 from gears_nb.attention.export import page, write_html
 from gears_nb.models.trace import AttentionTrace, step_size, values
 from gears_nb.attention.views import (
@@ -33,6 +36,7 @@ from gears_nb.attention.views import (
     reconstruction_view,
     start,
     stretch,
+    true_places,
     unpack,
 )
 from gears_nb.attention.widgets import attention_explorer, distortion_map, gate_explorer, recycle_player, reconstruction_explorer, script, stylesheet
@@ -240,6 +244,147 @@ def test_tables_that_cannot_be_shown():
     del table.obsm["X_gears"]
     with pytest.raises(InputError, match="gears reconstruct"):
         reconstruction_explorer(table)
+
+
+# ---- what the cells came with
+
+def far(C):
+    C = C.copy()
+    C[9] = 1e6
+    return C
+
+
+def sentinels(C):
+    C = C.copy()
+    C[[1, 2, 7, 12, 60]] = -1
+    return C
+
+
+def gaps(C):
+    C = C.copy()
+    C[10:30] = np.nan
+    return C
+
+
+def two_known(C):
+    C = np.full_like(C, np.nan)
+    C[:2] = [[1, 2], [3, 4]]
+    return C
+
+
+NO_TRUTH = {"zeros": np.zeros_like, "one column": lambda C: C[:, :1], "text": lambda C: C.astype(str), "no number": lambda C: np.full_like(C, np.nan), "one place": lambda C: np.full_like(C, 7.0),
+            "a third column that varies": lambda C: np.c_[C, C[:, 0] ** 2], "four columns": lambda C: np.c_[C, C], "two cells": two_known, "truth values": lambda C: C > 100}
+TRUTH = {"as it was": (lambda C: C, 78), "sparse": (sp.csr_matrix, 78), "a flat third column": (lambda C: np.c_[C, np.ones(len(C))], 78), "far": (far, 77), "sentinels": (sentinels, 73),
+         "gaps": (gaps, 58), "far from zero": (lambda C: C + 1e12, 78), "huge": (lambda C: C * 1e300, 78), "whole numbers": (lambda C: (C * 100).astype(int), 78)}
+
+
+def kept(table, folder, name="out.h5ad"):
+    table.write_h5ad(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("spoil", NO_TRUTH.values(), ids=NO_TRUTH)
+def test_places_that_are_no_truth(spoil, tmp_path):
+    """Never an exception, and nothing that needs the truth is shown."""
+    table = a_table()
+    table.obsm["spatial"] = spoil(np.asarray(table.obsm["spatial"]))
+    if table.obsm["spatial"].dtype.kind == "U":
+        table.obsm["spatial"] = pd.DataFrame(table.obsm["spatial"], index=table.obs_names, columns=["x", "y"])
+    assert true_places(table) is None and not reconstruction_view(table)["known"]
+    _, names, _ = export_page(kept(table, tmp_path), tmp_path / "page.html")
+    assert names == ["reconstruction"]
+
+
+@pytest.mark.parametrize("spoil, count", TRUTH.values(), ids=TRUTH)
+def test_places_that_are_a_truth(spoil, count, tmp_path):
+    """What is usable is used: both maps hold the cells with two places, and a remark says how many that are."""
+    table = a_table()
+    whole = distortion_view(table)
+    table.obsm["spatial"] = spoil(np.asarray(table.obsm["spatial"]))
+    view = distortion_view(table)
+    assert view["known"] and view["n"] == count and reconstruction_view(table)["n"] == count
+    assert all(np.isfinite(unpack(m)).all() and 0.1 < np.abs(unpack(m)).max() < 10 for m in view["maps"].values())
+    if count == 78:
+        assert np.allclose(unpack(view["maps"]["true"]), unpack(whole["maps"]["true"]), atol=1e-3)
+    _, names, remarks = export_page(kept(table, tmp_path), tmp_path / "page.html")
+    assert names == ["reconstruction", "distortion"]
+    assert [f"known for {count} of 78 cells" in r for r in remarks] == ([True, False] if count < 78 else [False])
+
+
+def test_a_frame_of_places():
+    table = a_table()
+    before = reconstruction_view(table)
+    table.obsm["spatial"] = pd.DataFrame(table.obsm["spatial"], index=table.obs_names, columns=["x", "y"])
+    assert reconstruction_view(table)["maps"] == before["maps"]
+
+
+class Listener:
+    """Stands for a model: notes what it is asked to explain."""
+
+    def __init__(self):
+        self.asked = []
+
+    def explain(self, h, truth=None, about=None, edges=None):
+        self.asked.append((h[0].numpy(), None if truth is None else truth[0].numpy(), about))
+        t = a_trace(h.shape[1], truth=truth is not None, graph="H-gate" if edges is None else "T-edge")
+        t.about.update(about)
+        return [t]
+
+
+@pytest.mark.parametrize("spoil, cells, known", [(lambda C: C, 78, True), (gaps, 58, True), (np.zeros_like, 78, False), (two_known, 78, False), (lambda C: C * 1e300, 78, True), (lambda C: C + 1e12, 78, True),
+                                                 (lambda C: np.where(np.arange(80)[:, None] < 20, C, np.nan), 78, False)],
+                         ids=["all", "gaps", "zeros", "two", "huge", "far from zero", "a quarter"])
+def test_records_know_all_places_or_none(spoil, cells, known):
+    table, model = a_table(), Listener()
+    table.obsm["spatial"] = spoil(np.asarray(table.obsm["spatial"]))
+    table.obsm["H_gears"] = np.arange(80.0)[:, None] * np.ones((1, 4))
+    made = records(model, table, "t")
+    assert [sorted(runs) for runs in made.values()] == [["H-gate", "T-edge"] if known else ["H-gate"]]
+    h, truth, about = model.asked[0]
+    assert len(h) == cells == len(set(about["cells"])) and not {"3", "50"} & {*about["cells"]}
+    assert (truth is not None) == known
+    if known:
+        assert np.isfinite(truth).all() and len(np.unique(truth, axis=0)) == cells
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(2, None)], ids=["none", "two"])
+def test_nobody_has_a_place(tmp_path, rows):
+    table = a_table()
+    table.obsm["X_gears"][rows] = np.nan
+    for source in (kept(table, tmp_path), tmp_path):
+        with pytest.raises(InputError, match="fewer than three cells have a position") as refused:
+            what_to_explore(source)
+        assert "out.h5ad: obsm['X_gears']" in str(refused.value) and "\n" not in str(refused.value)
+    kept(a_table(), tmp_path, "good.h5ad")
+    found = gather(tmp_path)
+    assert list(found.tables) == ["good"] and found.remarks[0].startswith("out: fewer than three")
+
+
+@pytest.mark.parametrize("wrong", [np.ones((80, 3)), np.full((80, 2), "a").astype(object)], ids=["three columns", "text"])
+def test_places_of_another_kind_are_refused(wrong):
+    table = a_table()
+    table.obsm["X_gears"] = wrong
+    with pytest.raises(InputError, match="not two numbers per cell"):
+        reconstruction_explorer(table)
+
+
+def test_every_section_opens_on_its_own(tmp_path):
+    """Sections have frames of their own: one table each, in the order of the rows; those without a map are named in a remark."""
+    table = a_table()
+    table.obs["gears_section"] = ["x, section 1"] * 40 + ["b"] * 38 + ["tiny"] * 2
+    table.obs_names = [f"cell {i}" for i in range(80)]
+    source = kept(table, tmp_path)
+    found = gather(source)
+    assert list(found.tables) == ["out, section x, section 1", "out, section b"] and [t.n_obs for t in found.tables.values()] == [40, 38]
+    assert found.remarks[0] == "out, section tiny: fewer than three cells have a position: not shown"
+    shown = what_to_explore(source)
+    assert list(shown) == [f"{kind} of out, section {label}" for label in ("x, section 1", "b") for kind in ("reconstruction", "distortion")]
+    one = reconstruction_view(table[:40].copy())
+    assert one["maps"] == reconstruction_view(found.tables["out, section x, section 1"])["maps"]
+    table.obs["gears_section"] = ["b"] * 60 + [""] * 20
+    table.obsm["X_gears"][60:] = np.nan
+    (name, only), = gather(kept(table, tmp_path)).tables.items()
+    assert (name, only.n_obs) == ("out, section b", 60)
 
 
 def test_a_view_does_not_touch_the_table():

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .views import has_place, placed_cells, true_places
+from ..data.validate import rescaled
 from ..models.trace import AttentionTrace, load_trace, save_trace
 from ..core.errors import InputError, option
 from ..core.page import page as whole_page
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
-__all__ = ['MOST', 'reconstructions', 'model_folder', 'true_places', 'records', 'keep_records', 'kept_records', 'Found', 'gather',
+__all__ = ['MOST', 'reconstructions', 'model_folder', 'records', 'keep_records', 'kept_records', 'Found', 'gather',
            'explorers_of', 'what_to_explore', 'export_page', 'free_port', 'server', 'jupyter_env', 'write_notebook',
            'stage', 'private_file', 'leading_to', 'voila', 'serve']
 
@@ -91,23 +93,32 @@ def _made_by(table: AnnData, model: Gears) -> bool:
     return same and "H_gears" in table.obsm and table.obsm["H_gears"].shape[1] == model.fitted.cloud.shape[1]
 
 # %% ../../nbs/attention/08_explore.ipynb #6a13e7a5
-def _drawn(table: AnnData, size: int, count: int, shares: Sequence[float], seed: int) -> np.ndarray:
-    "Rows of `table` `(count, size)`: minisets of cells that have a position, drawn by seed on the predicted layout."
+def _drawn(table: AnnData, kept: np.ndarray, size: int, count: int, shares: Sequence[float], seed: int) -> np.ndarray:
+    "Rows of `table` `(count, size)`: minisets of the rows `kept` `(m,)`, which have a position, drawn by seed on the predicted layout."
     import torch
     from gears_nb.core.seeding import stream_seed
     from gears_nb.models.batches import Reference
-    kept = np.flatnonzero(np.isfinite(table.obsm["X_gears"]).all(1))
     reference = Reference(table.obsm["H_gears"][kept], table.obsm["X_gears"][kept])
     rng = torch.Generator().manual_seed(stream_seed(seed, "attention", "explore"))
     turns = [reference.draw(size, 1, shares[i % len(shares)], rng)[0].numpy() for i in range(count)]
     return kept[np.stack(turns)]
 
 
-def true_places(table: AnnData) -> np.ndarray | None:
-    "`obsm['spatial']` `(n, 2)` as floats if all of them are finite, else None."
-    places = table.obsm.get("spatial")
-    places = None if places is None else np.asarray(places, dtype=np.float32)[:, :2]
-    return places if places is not None and np.isfinite(places).all() else None
+def _cells_and_truth(table: AnnData) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows that minisets are drawn from, and true places `(n, 2)` float32 or None.
+
+    A record has a truth for all of its cells or for none. So cells without a known place are left out if they are fewer than half, else the truth is."""
+    placed, truth = has_place(table), true_places(table)
+    if truth is None:
+        return np.flatnonzero(placed), None
+    known = placed & np.isfinite(truth).all(1)
+    if 2 * known.sum() < placed.sum() or len(np.unique(truth[known], axis=0)) < 3:
+        return np.flatnonzero(placed), None
+    with np.errstate(over="ignore"):
+        short = truth.astype(np.float32)
+    if not np.isfinite(short[known]).all() or len(np.unique(short[known], axis=0)) < len(np.unique(truth[known], axis=0)):  # too large, or too far from zero
+        short[known] = rescaled(truth[known])
+    return np.flatnonzero(known), short
 
 # %% ../../nbs/attention/08_explore.ipynb #3bc51d04
 def records(model: GeometryModel, table: AnnData, name: str, *, shares: Sequence[float] = (1.0, 0.5), k: int = 15, seed: int = 0, minisets: int = 2,
@@ -118,9 +129,8 @@ def records(model: GeometryModel, table: AnnData, name: str, *, shares: Sequence
     import torch
     from gears_nb.structure.gate import oracle_edges
     from gears_nb.targets.builder import build_targets
-    whole = int(np.isfinite(table.obsm["X_gears"]).all(1).sum()) <= size
-    H, truth, out = table.obsm["H_gears"], true_places(table), {}
-    for i, rows in enumerate(_drawn(table, size, 1 if whole else minisets, shares, seed)):
+    H, (kept, truth), out = table.obsm["H_gears"], _cells_and_truth(table), {}
+    for i, rows in enumerate(_drawn(table, kept, size, 1 if len(kept) <= size else minisets, shares, seed)):
         about = {"data": name, "seed": seed, "label": f"{name}, miniset {i}", "cells": [str(c) for c in table.obs_names[rows]]}
         h = torch.as_tensor(H[rows], dtype=torch.float32)[None]
         places = None if truth is None else torch.from_numpy(truth[rows])[None]
@@ -150,6 +160,25 @@ def kept_records(folder: str | Path) -> dict[str, dict[str, AttentionTrace]]:
         out.setdefault(str(trace.about.get("label", key.removeprefix("traces/").removesuffix(f"/{trace.graph}"))), {})[trace.graph] = trace
     return out
 
+# %% ../../nbs/attention/08_explore.ipynb #e58a8756
+def _maps(table: AnnData, path: Path) -> tuple[dict[str, AnnData], list[str]]:
+    "Tables with one map each, by name (`NAME, section LABEL` for those of a reconstruction of several sections), and remarks on what cannot be shown."
+    placed, name = has_place(table, path), path.stem
+    parts = {name: np.arange(table.n_obs)}
+    if "gears_section" in table.obs:
+        labels = table.obs["gears_section"].astype(str).to_numpy()
+        parts = {f"{name}, section {label}": np.flatnonzero(labels == label) for label in dict.fromkeys(labels[placed])}
+    maps, told = {}, []
+    for title, rows in parts.items():
+        if placed[rows].sum() < 3:
+            told.append(f"{title}: fewer than three cells have a position: not shown")
+            continue
+        maps[title] = table[rows].copy() if len(rows) < table.n_obs else table
+        truth, seen = true_places(maps[title]), int(placed[rows].sum())
+        known = seen if truth is None else int((placed[rows] & np.isfinite(truth).all(1)).sum())
+        told += [f"{title}: true places are known for {known} of {seen} cells: maps beside the truth show these"] if 3 <= known < seen else []
+    return maps, told
+
 # %% ../../nbs/attention/08_explore.ipynb #ac4b351b
 @dataclass(frozen=True)
 class Found:
@@ -167,13 +196,16 @@ def gather(source: str | Path, model_dir: str | Path | None = None, seed: int = 
     source = Path(source)
     paths = reconstructions(source)
     place = model_folder(source, model_dir)
-    tables = {path.stem: read_h5ad(path) for path in paths}
+    parts = {path: _maps(read_h5ad(path), path) for path in paths}
+    tables, told = {name: table for maps, _ in parts.values() for name, table in maps.items()}, [line for _, lines in parts.values() for line in lines]
     traces = kept_records(source) if source.is_dir() and model_dir is None else {}
+    if paths and not tables and not traces:
+        raise InputError(paths[0], "obsm['X_gears']", "fewer than three cells have a position, so there is no map", "look at the warnings of the reconstruction, and at obs['gears_note']")
     if not tables and not traces:
         others = len(list(source.glob("*.h5ad")))
         raise InputError(source, "folder", f"holds no reconstruction (.h5ad files without obsm['X_gears']: {others}) and no records under traces/", "give the output of `gears reconstruct` or `gears demo`")
     remarks = [] if traces else _record_all(tables, place, model_dir is not None, seed, traces)
-    return Found(tables, traces, paths, remarks)
+    return Found(tables, traces, paths, [*told, *remarks])
 
 # %% ../../nbs/attention/08_explore.ipynb #7aa7c438
 def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, seed: int, traces: dict[str, dict[str, AttentionTrace]]) -> list[str]:
@@ -206,7 +238,7 @@ def explorers_of(found: Found) -> dict[str, Explorer]:
             out["gate"] = gate_explorer(gated)
     for name, table in found.tables.items():
         own = {"reconstruction": reconstruction_explorer(table)}
-        if true_places(table) is not None:
+        if placed_cells(table, None)[1] is not None:
             own["distortion"] = distortion_map(table)
         out |= own if len(found.tables) == 1 else {f"{kind} of {name}": _titled(explorer, name) for kind, explorer in own.items()}
     return out

@@ -15,6 +15,7 @@ from .rules import NEIGHBOURS, gate_entropy, query_cells, true_neighbours
 from ..models.trace import AttentionTrace, step_size
 from ..core.errors import InputError
 from ..core.gauge import gauge_fix, procrustes
+from ..data.validate import rescaled
 from ..targets.builder import build_targets
 from ..targets.energy import energy
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ['Packed', 'CLOSE', 'TOP', 'STRONG', 'SHARE', 'MOST', 'GENES', 'POINTS', 'LEVELS', 'GROUPS', 'VIEWS', 'MARKS', 'TITLES',
            'pack', 'pack_steps', 'whole', 'unpack', 'check_traces', 'attention_view', 'row_values', 'strongest',
            'attention_marks', 'layout_energies', 'recycles_view', 'recycles_marks', 'gate_weight', 'gate_view',
-           'ranked_candidates', 'kept', 'gate_marks', 'placed_cells', 'reconstruction_view', 'reconstruction_marks',
-           'stretch', 'distortion_view', 'distortion_marks', 'start', 'fit_state']
+           'ranked_candidates', 'kept', 'gate_marks', 'true_places', 'has_place', 'placed_cells', 'reconstruction_view',
+           'reconstruction_marks', 'stretch', 'distortion_view', 'distortion_marks', 'start', 'fit_state']
 
 # %% ../../nbs/attention/05_views.ipynb #1d1f96d4
 Packed = dict[str, Any]
@@ -268,26 +269,55 @@ def gate_marks(data: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, A
             "cols": col[rows[state["query"]]].tolist(), "neighbours": unpack(data["near"])[state["query"]].tolist()}
 
 # %% ../../nbs/attention/05_views.ipynb #559aa180
+def true_places(table: AnnData) -> np.ndarray | None:
+    "`obsm['spatial']` `(n, 2)` float64, NaN where it cannot be a measurement (`data.validate.positions`); None if it holds fewer than three different places. Never an error."
+    from gears_nb.data.validate import positions
+
+    if "spatial" not in table.obsm:
+        return None
+    labels = table.obs["gears_section"].astype(str).to_numpy() if "gears_section" in table.obs else None
+    try:
+        found = positions(table, "cells", labels=labels)
+    except InputError:
+        return None
+    return found.xy if _several(found.xy[found.usable]) else None
+
+
+def _several(xy: np.ndarray) -> bool:
+    "Whether `xy` `(n, 2)` holds three different places or more."
+    return len(np.unique(xy, axis=0)) >= 3
+
+
+def has_place(adata: AnnData, source: object = "explorer") -> np.ndarray:
+    "`(n,)` bool: does the cell have a position in `obsm['X_gears']`? Raises `InputError` (about `source`) if that is missing or no table of two numbers."
+    if "X_gears" not in adata.obsm:
+        raise InputError(source, "obsm['X_gears']", "is missing", "run gears reconstruct first")
+    X = np.asarray(adata.obsm["X_gears"])
+    if X.shape != (adata.n_obs, 2) or X.dtype.kind not in "fiu":
+        raise InputError(source, "obsm['X_gears']", f"is {X.dtype} of shape {X.shape}, not two numbers per cell", "run gears reconstruct again")
+    return np.isfinite(X).all(1)
+
+# %% ../../nbs/attention/05_views.ipynb #1c752856
 GENES, POINTS, LEVELS = 12, 3000, 30  # genes shipped, cells drawn, levels of a category at most
 
 
 def placed_cells(adata: AnnData, truth: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Predicted places of the placed cells, in unit-RMS gauge (turned onto the truth, if known), true ones or None, and their rows.
+    """Predicted places of the placed cells (with a known true place, if there is a truth), in unit-RMS gauge (turned onto the truth, if known), true ones or None, and their rows.
 
-    `truth` `(n, 2)`; None: `obsm["spatial"]`, if there. Raises `InputError` without a reconstruction."""
-    if "X_gears" not in adata.obsm:
-        raise InputError("explorer", "obsm['X_gears']", "is missing", "run gears reconstruct first")
-    truth = np.asarray(adata.obsm["spatial"])[:, :2] if truth is None and "spatial" in adata.obsm else truth
-    X = np.asarray(adata.obsm["X_gears"], np.float64)
-    if truth is not None and np.shape(truth) != X.shape:
-        raise InputError("explorer", "truth", f"shape {np.shape(truth)} beside places of shape {X.shape}", "give one true place per cell")
-    rows = np.flatnonzero(np.isfinite(X).all(1) & (True if truth is None else np.isfinite(np.asarray(truth, float)).all(1)))
+    `truth` `(n, 2)`, NaN where unknown; None: `true_places`, if three different ones belong to placed cells. Raises `InputError` without a reconstruction."""
+    placed, shape = has_place(adata), np.shape(adata.obsm["X_gears"])
+    if truth is not None and np.shape(truth) != shape:
+        raise InputError("explorer", "truth", f"shape {np.shape(truth)} beside places of shape {shape}", "give one true place per cell")
+    own = true_places(adata) if truth is None else None
+    if own is not None and _several(own[placed & np.isfinite(own).all(1)]):
+        truth = own
+    rows = np.flatnonzero(placed & (True if truth is None else np.isfinite(np.asarray(truth, float)).all(1)))
     if len(rows) < 3:
         raise InputError("explorer", "obsm['X_gears']", f"only {len(rows)} cells have a place", "look at the warnings of the reconstruction")
-    X = gauge_fix(X[rows])
+    X = gauge_fix(np.asarray(adata.obsm["X_gears"], np.float64)[rows])
     if truth is None:
         return X, None, rows
-    Y = gauge_fix(np.asarray(truth, np.float64)[rows])
+    Y = gauge_fix(rescaled(np.asarray(truth, np.float64)[rows]))
     return X @ procrustes(X, Y).rotation, Y, rows
 
 # %% ../../nbs/attention/05_views.ipynb #e1ccaf59
@@ -314,7 +344,7 @@ def _obs_colours(adata: AnnData) -> list[dict[str, Any]]:
 
 # %% ../../nbs/attention/05_views.ipynb #c67f35df
 def reconstruction_view(adata: AnnData, truth: np.ndarray | None = None, genes: Sequence[str] = ()) -> dict[str, Any]:
-    """A reconstructed table for the reconstruction explorer. `truth` `(n, 2)` (None: `obsm["spatial"]`, if there); `genes`: beside the dozen that vary most.
+    """A reconstructed table for the reconstruction explorer. `truth` `(n, 2)` (None: `obsm["spatial"]`, as far as it is usable: `true_places`; only cells with a true place are shown then); `genes`: beside the dozen that vary most.
 
     Raises `InputError` without a reconstruction, and for genes that the table does not have."""
     X, Y, rows = placed_cells(adata, truth)

@@ -151,7 +151,7 @@ def gate_explorer(traces: Traces, **state: Any) -> Explorer:
 
 
 def reconstruction_explorer(adata: AnnData, truth: np.ndarray | None = None, genes: Sequence[str] = (), **state: Any) -> Explorer:
-    """Truth and reconstruction side by side, with linked selection. `adata`: what `Gears.reconstruct` returned; `truth` `(n, 2)`: None: `obsm["spatial"]`, if there.
+    """Truth and reconstruction side by side, with linked selection. `adata`: what `Gears.reconstruct` returned; `truth` `(n, 2)`, NaN where unknown; None: `obsm["spatial"]`, as far as it is usable (`views.true_places`).
 
     `genes`: colours beside the dozen that vary most. Settings: colour, selected (cell numbers). Raises `InputError`."""
     return Explorer("reconstruction", {"reconstruction": partial(reconstruction_view, adata, truth, genes)}, **state)
