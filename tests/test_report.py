@@ -1,6 +1,7 @@
 """The report is one file, needs no network, survives odd names, and draws what it was given."""
 import re
 import subprocess
+import sys
 
 import anndata as ad
 import numpy as np
@@ -227,3 +228,14 @@ def test_in_a_browser(page, tmp_path):
     assert len(maps) == 2
     assert [m.split('id="legend"')[0].count('class="point"') for m in maps] == [59, 59]
     assert len(re.findall(r"js-line", drawn)) >= 2
+
+
+def test_the_doctor_misses_no_notebooks(monkeypatch, capsys):
+    """Without what runs notebooks there is a note that names the extra, in full on the screen, and no fault."""
+    from gears_nb.runs.doctor import check_notebooks, examine, show
+    for name in ("jupyter_client", "jupyter_client.kernelspec"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = examine((check_notebooks,))
+    assert [(f.topic, f.state) for f in found] == [("notebooks", "note")] and show(found) == 0
+    said = capsys.readouterr().out
+    assert "jupyter_client is not installed" in said and "gears_nb[lab]" in said

@@ -115,7 +115,11 @@ def check_data() -> Iterable[Finding]:
 
 def check_notebooks() -> Iterable[Finding]:
     """Is there a repository with notebooks, and a kernel to run them in?"""
-    from jupyter_client.kernelspec import KernelSpecManager
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager
+    except ModuleNotFoundError as error:  # not needed to place cells
+        yield Finding("notebooks", "note", f"{(error.name or 'jupyter_client').split('.')[0]} is not installed, so notebooks cannot be run", "pip install 'gears_nb[lab]'")
+        return
     kernels = KernelSpecManager().find_kernel_specs()
     found = len([p for p in (repo_root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts])
     yield Finding("notebooks", "ok" if "python3" in kernels else "fault", f"{found} notebooks, kernels: {', '.join(kernels) or 'none'}",
@@ -142,10 +146,11 @@ def examine(checks: Iterable[Callable[[], Iterable[Finding]]] = CHECKS) -> list[
 def show(findings: Iterable[Finding]) -> int:
     """Print the findings and return the number of faults."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     findings, colour = list(findings), {"ok": "green", "note": "yellow", "fault": "red"}
     table = Table(box=None, padding=(0, 1), show_header=False)
     for f in findings:
-        table.add_row(f"[{colour[f.state]}]{f.state}[/]", f.topic, f.text + (f"\n[dim]{f.remedy}[/]" if f.remedy else ""))
+        table.add_row(f"[{colour[f.state]}]{f.state}[/]", f.topic, escape(f.text) + (f"\n[dim]{escape(f.remedy)}[/]" if f.remedy else ""))
     Console().print(table, highlight=False)
     return sum(f.state == "fault" for f in findings)
