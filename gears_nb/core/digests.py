@@ -9,7 +9,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] if "__file__" in globals() else None
@@ -52,7 +52,7 @@ def imported(source: str, chapter: str = "", package: Path | None = None) -> set
     return {name for name in found if (root / f"{name}.py").is_file()}
 
 # %% ../../nbs/core/12_digests.ipynb #76c06648
-@lru_cache(maxsize=None)
+@cache
 def _of_module(path: Path, stamp: int) -> tuple[str, frozenset[str]]:
     "Digest and imports of a module; `stamp` (time of the last change) keeps the cache honest."
     return module_digest(path), frozenset(imported(path.read_text(encoding="utf-8"), path.parent.name, path.parents[1]))
