@@ -206,8 +206,20 @@ def test_unknown_section(tmp_path: Path):
     path = write_h5ad(small_section(), tmp_path / "A.h5ad")
     with pytest.raises(InputError, match="has no 'huge', only big, tiny"):
         read(f"{path}#huge", spatial=True)
-    with pytest.raises(InputError, match="no such column"):
-        read(f"{write_h5ad(slide(), tmp_path / 'B.h5ad')}#huge", spatial=True)
+    for spatial in (True, False):
+        with pytest.raises(InputError, match="sections: has no 'huge': the file has one section. Remedy: give the whole file"):
+            read(f"{write_h5ad(slide(), tmp_path / 'B.h5ad')}#huge", spatial=spatial)
+
+
+def test_sections_of_cells_by_a_named_column(tmp_path: Path):
+    adata = slide()
+    adata.obs["batch"] = ["one"] * 8 + ["two"] * 12
+    path = write_h5ad(adata, tmp_path / "Q.h5ad")
+    assert read(f"{path}#two", spatial=False, slide_key="batch").n_obs == 12
+    with pytest.raises(InputError, match="has no 'two': the file has one section. Remedy: if obs..batch.. names the sections, say so: slide_key='batch'"):
+        read(f"{path}#two", spatial=False)
+    with pytest.raises(InputError, match="has no 'three', only one, two. Remedy: name one of these"):
+        read(f"{path}#three", spatial=False, slide_key="batch")
 
 
 def test_unwritable_output(tmp_path: Path):

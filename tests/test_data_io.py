@@ -88,7 +88,7 @@ def test_pair_join_does_not_depend_on_row_order(tmp_path_factory, order):
 def test_pair_given_as_two_paths_with_other_names_and_columns(tmp_path: Path):
     frame = counts_frame()
     frame.to_csv(tmp_path / "first.csv")
-    places = pd.DataFrame({"region": list("aabbcc"), "u": np.arange(6), "v": np.arange(6)[::-1]}, index=frame.index)
+    places = pd.DataFrame({"region": list("aabbcc"), "u": np.arange(6), "v": np.arange(6)[::-1] ** 2}, index=frame.index)
     places.to_csv(tmp_path / "second.tsv", sep="\t")
     slide = read(f"{tmp_path}/first.csv+{tmp_path}/second.tsv", spatial=True)
     np.testing.assert_array_equal(slide.obsm["spatial"], places[["u", "v"]].to_numpy())
@@ -185,6 +185,23 @@ def test_a_hash_in_a_real_file_name_is_part_of_it(tmp_path: Path):
     assert parse_source(path) == (str(path), None)
     assert read(path, spatial=True).n_obs == 8
     assert parse_source("p.h5ad#A1") == ("p.h5ad", "A1")
+    assert parse_source(f"{path}#a") == (str(path), "a") and read(f"{path}#a", spatial=True).n_obs == 4
+
+
+def test_a_hash_in_a_folder_or_in_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    adata = sections()
+    adata.obs["slide"] = ["b#1"] * 4 + ["a"] * 4
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for folder in (Path("run#1"), Path("run")):
+        path = write_h5ad(adata, folder / "q.h5ad")
+        assert parse_source(f"{path}#b#1") == (str(path), "b#1")
+        assert list(read(f"{path}#b#1", spatial=True).obs_names) == list("0123") and read(f"{path}#a", spatial=True).n_obs == 4
+    counts_frame().to_csv("run#1/e.csv")
+    counts_frame().to_csv("run#1/c.csv")
+    for text, parts in {"run#1/e.csv+run#1/c.csv#b#1": ("run#1/e.csv+run#1/c.csv", "b#1"), "run#1/none.h5ad#b#1": ("run#1/none.h5ad", "b#1"),
+                        "none.csv.gz#b": ("none.csv.gz", "b"), "run#1#b": ("run#1", "b"), "none#b": ("none", "b"), "#b": ("", "b")}.items():
+        assert parse_source(text) == parts
 
 
 def test_write_is_whole_and_leaves_the_table_alone(tmp_path: Path):

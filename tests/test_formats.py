@@ -18,10 +18,11 @@ import scipy.sparse as sp
 from scipy.io import mmwrite
 
 from gears_nb.core.errors import GearsWarning, InputError, speaking
-from gears_nb.data.formats import FOREIGN, hdf5_kind, read_parquet
+from gears_nb.data.formats import FOREIGN, hdf5_kind, is_zarr, read_parquet
 from gears_nb.data.genes import match_genes, take_genes
 from gears_nb.data.io import (POSITION_COLUMNS, find_pair, read, read_h5ad, read_many, real_files, take_layer, take_sample, writable,
                               write_h5ad)
+from gears_nb.data.validate import validate_slide
 
 X = np.array([[4, 0, 7, 1], [0, 1, 0, 2], [9, 0, 2, 0], [1, 1, 0, 5], [2, 3, 1, 0]], dtype=np.float32)
 CELLS, GENES = [f"AC{i}-1" for i in range(5)], ["GLUL", "ALB", "TBCE", "CPS1"]
@@ -122,7 +123,10 @@ def test_matrix_market_folder_with_a_short_list(tmp_path: Path):
     (folder / "barcodes.tsv").write_text("AC0-1\n")
     refused(folder, "4 x 5 values for 4 features and 1 barcodes", spatial=False)
     (folder / "barcodes.tsv").unlink()
-    refused(folder, "0 expression and 0 coordinate tables", spatial=False)
+    for spatial in (True, False):
+        refused(folder, "folder: holds a matrix.mtx, but not one barcodes.tsv, so the counts have no names", spatial=spatial)
+    (folder / "features.tsv").unlink()
+    refused(folder, "not one barcodes.tsv and features.tsv (or genes.tsv)", spatial=False)
 
 
 def test_other_features_are_left_out_and_counted(tmp_path: Path):
@@ -339,8 +343,12 @@ def test_what_is_not_read_says_what_it_is(tmp_path: Path, ending: str):
 
 def test_content_tells_what_a_name_hides(tmp_path: Path, table: ad.AnnData):
     path = tmp_path / "a.h5ad"
-    path.write_bytes(gzip.compress(b"anything"))
+    path.write_bytes(gzip.compress(b"\x89HDF\r\n\x1a\n and more"))
     refused(path, "an AnnData file packed with gzip by its content, so not an .h5ad")
+    path.write_bytes(gzip.compress(b"anything"))
+    refused(path, "packed with gzip by its content, so not an .h5ad; no HDF5 inside")
+    path.write_bytes(gzip.compress(b"BAM\1 and more"))
+    refused(path, "a BAM file, aligned reads packed with gzip, by its content")
     path.write_bytes(b"PK\x03\x04 and more")
     refused(path, "an archive by its content")
     for groups, kind in ((("matrix", "row_attrs", "col_attrs"), "Loom"), (("mod", "obs", "var"), "MuData"), (("cell.names", "assays"), "SeuratDisk")):
@@ -388,12 +396,13 @@ def test_counts_in_a_layer_or_in_raw(tmp_path: Path, table: ad.AnnData):
         np.testing.assert_array_equal(slide.X.toarray(), X[:, [3, 0]])
         assert list(slide.var_names) == ["CPS1", "GLUL"] and "raw_counts" in slide.layers
         assert [s.n_obs for s in read_many([path], spatial=True, layer=layer)] == [5]
-    refused(path, "layers: has no 'counts', only raw_counts, raw. Remedy: name one of them, such as layer='raw_counts'", layer="counts")
+    refused(path, "layers: has no layer 'counts' (layers: raw_counts, raw). Remedy: name one of them, such as layer='raw_counts'", layer="counts")
     with speaking("shell"):
         refused(path, "such as --layer raw_counts", layer="counts")
     plain = ad.AnnData(sp.csr_matrix(X))
-    with pytest.raises(InputError, match="only X. Remedy: leave this option out"):
-        take_layer(plain, "raw", "q")
+    for name in ("raw", "X"):
+        with pytest.raises(InputError, match=f"q: layers: has no layer '{name}' \\(layers: none\\). Remedy: leave this option out, then X is read"):
+            take_layer(plain, name, "q")
 
 
 def test_taking_a_layer_copies_and_changes_nothing(table: ad.AnnData):
@@ -435,6 +444,78 @@ def test_a_plane_is_passed_on(tmp_path: Path, table: ad.AnnData):
     path = write_h5ad(table, tmp_path / "deep.h5ad")
     refused(path, "obsm['spatial']")
     assert read(path, spatial=True, plane="xz").n_obs == read_many([path], spatial=True, plane="xz")[0].n_obs == 5
+
+
+def test_a_usual_name_of_sections_is_asked_about_once_per_slide(tmp_path: Path, table: ad.AnnData):
+    table.obs["batch"] = list("aabbb")
+    path = write_h5ad(table, tmp_path / "two.h5ad")
+    with pytest.warns(GearsWarning) as seen:
+        read_many([path], spatial=True)
+    assert [str(w.message) for w in seen] == [f"{path}: obs['batch'] has 2 labels: if these are sections, name it with slide_key='batch'"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_many([path], spatial=False)
+        read_many([path], spatial=True, slide_key="none")
+
+
+# ---------------------------------------------------------------- depth, and cells without places
+
+
+def test_a_third_coordinate_of_a_pair_is_not_lost(tmp_path: Path):
+    pd.DataFrame(X.astype(int), index=CELLS, columns=GENES).to_csv(tmp_path / "expr.csv")
+    frame = pd.DataFrame({"x": PLACES[:, 0], "y": PLACES[:, 1], "z": [0.0, 3, 1, 7, 2]}, index=CELLS)
+    frame.to_csv(tmp_path / "coords.csv")
+    refused(tmp_path, "obsm['spatial']: has shape (5, 3), and the third column varies (0 to 7)")
+    for plane, columns in (("xy", ["x", "y"]), ("xz", ["x", "z"]), ("yz", ["y", "z"])):
+        slide = read(tmp_path, spatial=True, plane=plane)
+        np.testing.assert_allclose(slide.obsm["spatial"], frame.to_numpy())
+        np.testing.assert_allclose(validate_slide(slide, "A", plane=plane)[0].obsm["spatial"], frame[columns].to_numpy())
+    frame.assign(z=4.0).to_csv(tmp_path / "coords.csv")
+    np.testing.assert_allclose(read(tmp_path, spatial=True).obsm["spatial"], PLACES)
+
+
+@pytest.mark.parametrize("places", ["missing", "damaged", "other cells", "no numbers"])
+def test_cells_are_read_without_looking_at_places(tmp_path: Path, places: str):
+    pd.DataFrame(X.astype(int), index=CELLS, columns=GENES).to_csv(tmp_path / "expr.csv")
+    text = {"damaged": "\0\0", "other cells": "cell,x,y\na,1,2\n", "no numbers": "cell,x,y\n" + "".join(f"{c},?,\n" for c in CELLS)}
+    if places in text:
+        (tmp_path / "coords.csv").write_text(text[places])
+    for source in (tmp_path, f"{tmp_path}/expr.csv+{tmp_path}/coords.csv"):
+        same(quietly(source, spatial=False), None)
+        with pytest.raises(InputError):
+            read(source, spatial=True)
+
+
+def test_folders_of_instruments_are_cells_without_places(tmp_path: Path):
+    mtx_of_10x(tmp_path / "visium" / "filtered_feature_bc_matrix")
+    mtx_of_10x(tmp_path / "xenium" / "cell_feature_matrix")
+    (tmp_path / "xenium" / "cells.csv.gz").write_bytes(b"no")
+    (tmp_path / "merscope").mkdir()
+    pd.DataFrame(X.astype(int), index=CELLS, columns=GENES).to_csv(tmp_path / "merscope" / "cell_by_gene.csv")
+    for name in ("visium", "xenium", "merscope"):
+        same(quietly(tmp_path / name, spatial=False), None)
+    (tmp_path / "cosmx").mkdir()
+    cosmx(tmp_path / "cosmx")[1].unlink()
+    assert quietly(tmp_path / "cosmx", spatial=False).shape == (5, 4)
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "folder: 0 expression tables found, one is needed", spatial=False)
+
+
+def test_measures_of_cells_are_not_genes(tmp_path: Path):
+    frame = pd.DataFrame(X.astype(int), index=CELLS, columns=GENES).assign(total_counts=9e5, n_genes=7, fov=1, cell_area=5.5, Volume=2.5, **{"nCount.RNA": 3})
+    frame.to_csv(tmp_path / "expr.csv")
+    pd.DataFrame(PLACES, index=CELLS, columns=["x", "y"]).to_csv(tmp_path / "coords.csv")
+    for source, spatial in ((tmp_path, True), (tmp_path / "expr.csv", False)):
+        with pytest.warns(GearsWarning, match="6 columns are measures of cells, not genes, and were left out .total_counts, n_genes, fov"):
+            assert list(read(source, spatial=spatial).var_names) == GENES
+
+
+def test_a_zarr_store_is_known_by_name_or_content_and_lightly(tmp_path: Path):
+    (tmp_path / "plain" / "X").mkdir(parents=True)
+    (tmp_path / "plain" / "zarr.json").write_text("{}")
+    assert is_zarr(tmp_path / "plain") and is_zarr(str(tmp_path / "none.zarr")) and not is_zarr(tmp_path) and not is_zarr(tmp_path / "none")
+    code = "import sys; from gears_nb.data.formats import is_zarr; is_zarr('x'); print({'pandas', 'anndata', 'scanpy', 'torch', 'h5py', 'zarr'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
 # ---------------------------------------------------------------- files behind a source

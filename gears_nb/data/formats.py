@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CONTROL', 'FOREIGN', 'COSMX_KEYS', 'COSMX_PLACES', 'first_fields', 'read_table', 'numbers', 'genes_only',
-           'counts_table', 'read_parquet', 'refuse_foreign', 'hdf5_kind', 'matrix_folder', 'read_10x', 'no_positions',
-           'placed', 'xenium_counts', 'read_xenium', 'is_cosmx', 'read_cosmx', 'is_zarr', 'read_zarr']
+__all__ = ['CONTROL', 'MEASURES', 'FOREIGN', 'COSMX_KEYS', 'COSMX_PLACES', 'first_fields', 'read_table', 'numbers', 'genes_only',
+           'counts_table', 'read_parquet', 'refuse_foreign', 'hdf5_kind', 'matrix_folder', 'refuse_partial', 'read_10x',
+           'no_positions', 'placed', 'xenium_counts', 'read_xenium', 'is_cosmx', 'read_cosmx', 'is_zarr', 'read_zarr']
 
 # %% ../../nbs/data/11_formats.ipynb #88ea4c01
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error)
@@ -94,17 +94,24 @@ def numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
     return frame.to_numpy(dtype=np.float32)
 
 
+MEASURES = frozenset(
+    """total_counts log1p_total_counts total_counts_mt pct_counts_mt percent_mt n_counts n_genes n_genes_by_counts
+    ncount_rna nfeature_rna ncount_spatial nfeature_spatial transcript_counts control_probe_counts in_tissue array_row
+    array_col fov cell_id cell_area nucleus_area area volume perimeter anisotropy solidity x y z x_centroid y_centroid
+    z_centroid center_x center_y center_z min_x min_y max_x max_y""".split()
+)
+"Columns that programs put beside the genes, in small letters, with `_` for points and blanks."
+
+
 def genes_only(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """`frame` without the columns of control probes; warns with their number."""
+    """`frame` without the columns of control probes and of `MEASURES`; warns with their number."""
     control = np.array([bool(CONTROL.match(str(name))) for name in frame.columns], dtype=bool)
-    if control.any():
-        first = ", ".join(frame.columns[control][:3])
-        warnings.warn(
-            f"{path}: {control.sum()} control probes are not genes and were left out ({first})",
-            GearsWarning,
-            stacklevel=3,
-        )
-    return frame.loc[:, ~control]
+    measure = np.array([re.sub("[. ]", "_", str(name).lower()) in MEASURES for name in frame.columns], dtype=bool)
+    for left_out, what in ((control, "control probes are not genes"), (measure, "columns are measures of cells, not genes,")):
+        if left_out.any():
+            first = ", ".join(map(str, frame.columns[left_out][:3]))
+            warnings.warn(f"{path}: {left_out.sum()} {what} and were left out ({first})", GearsWarning, stacklevel=3)
+    return frame.loc[:, ~(control | measure)]
 
 # %% ../../nbs/data/11_formats.ipynb #a5922075
 def counts_table(
@@ -149,6 +156,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
 
 # %% ../../nbs/data/11_formats.ipynb #4b3914e8
 _R = "in R, save it as .h5ad (packages zellkonverter or anndataR), or write expr.csv and coords.csv"
+_READS = "give the counts that a pipeline such as Cell Ranger or Space Ranger makes of them"
 FOREIGN = {
     ".h5ad.gz": ("an AnnData file packed with gzip", "unpack it with gunzip"),
     ".h5.gz": ("an HDF5 file packed with gzip", "unpack it with gunzip"),
@@ -179,6 +187,11 @@ FOREIGN = {
     ".tgz": ("an archive", "unpack it with tar -xf and give the folder or file inside"),
     ".tar": ("an archive", "unpack it with tar -xf and give the folder or file inside"),
     ".zip": ("an archive", "unpack it with unzip and give the folder or file inside"),
+    ".bam": ("a BAM file, aligned reads packed with gzip", _READS),
+    ".sam": ("a SAM file, aligned reads", _READS),
+    ".cram": ("a CRAM file, aligned reads", _READS),
+    ".fastq": ("a FASTQ file, raw reads", _READS),
+    ".fastq.gz": ("a FASTQ file, raw reads", _READS),
 }
 
 
@@ -220,6 +233,16 @@ def matrix_folder(folder: Path) -> tuple[Path, Path, Path] | None:
     """Matrix, barcodes and features of a Matrix Market folder of 10x; None if `folder` is not one."""
     parts = _one(folder, "matrix.mtx"), _one(folder, "barcodes.tsv"), _one(folder, "features.tsv", "genes.tsv")
     return None if None in parts else parts
+
+
+def refuse_partial(folder: Path) -> None:
+    """`InputError` for a folder with a `matrix.mtx` but without its names; says which file is missing."""
+    if _one(folder, "matrix.mtx") is None or matrix_folder(folder) is not None:
+        return
+    needed = {"barcodes.tsv": ("barcodes.tsv",), "features.tsv (or genes.tsv)": ("features.tsv", "genes.tsv")}
+    absent = " and ".join(told for told, names in needed.items() if _one(folder, *names) is None)
+    problem = f"holds a matrix.mtx, but not one {absent}, so the counts have no names"
+    raise InputError(folder, "folder", problem, "give the complete folder, as the pipeline wrote it")
 
 
 def _read_mtx(folder: Path) -> AnnData:
@@ -407,9 +430,10 @@ def read_cosmx(expression: Path, metadata: Path | None) -> AnnData:
     return table
 
 # %% ../../nbs/data/11_formats.ipynb #2f1ed606
-def is_zarr(folder: Path) -> bool:
-    """Is `folder` a Zarr store?"""
-    return folder.suffix == ".zarr" or any((folder / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs"))
+def is_zarr(folder: str | Path) -> bool:
+    """Is `folder` a Zarr store, by its name or by the files at its top? Opens nothing."""
+    marks = ("zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata")
+    return Path(folder).suffix == ".zarr" or any((Path(folder) / name).exists() for name in marks)
 
 
 def read_zarr(path: Path) -> AnnData:

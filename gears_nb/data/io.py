@@ -5,9 +5,11 @@
 # %% ../../nbs/data/01_io.ipynb #5d396243
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +41,8 @@ from gears_nb.data.formats import (
     read_xenium,
     read_zarr,
 )
-from .formats import refuse_foreign, xenium_counts
-from .sections import section_labels, split_sections
+from .formats import refuse_foreign, refuse_partial, xenium_counts
+from .sections import hint_sections, section_labels, split_sections
 from .validate import check
 
 if TYPE_CHECKING:
@@ -49,11 +51,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HDF5_MAGIC', 'PACKED', 'POSITION', 'EXPRESSION_NAME', 'COORDINATE_NAME', 'TEXT_NAME', 'PAIR', 'X_COLUMNS',
-           'Y_COLUMNS', 'KNOWN_PAIRS', 'NAME_COLUMNS', 'POSITION_COLUMNS', 'plain_names', 'read_h5ad',
-           'array_positions', 'read_st', 'find_pair', 'has_header', 'read_coordinates', 'read_csv_pair', 'read_pair',
-           'tissue_positions', 'space_ranger_counts', 'read_space_ranger', 'in_memory', 'rebuilt', 'take_layer',
-           'parse_source', 'take_sample', 'read', 'split_slides', 'read_many', 'real_files', 'takes', 'writable',
-           'write_h5ad']
+           'Y_COLUMNS', 'KNOWN_PAIRS', 'NAME_COLUMNS', 'Z_COLUMNS', 'POSITION_COLUMNS', 'plain_names', 'read_h5ad',
+           'array_positions', 'read_st', 'find_expression', 'find_pair', 'has_header', 'read_coordinates',
+           'read_csv_pair', 'read_pair', 'tissue_positions', 'space_ranger_counts', 'read_space_ranger', 'in_memory',
+           'rebuilt', 'take_layer', 'parse_source', 'take_sample', 'read', 'split_slides', 'read_many', 'real_files',
+           'takes', 'writable', 'write_h5ad']
 
 # %% ../../nbs/data/01_io.ipynb #d13f7b90
 def _teach_null() -> None:
@@ -70,11 +72,24 @@ HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 PACKED = {b"\x1f\x8b": ".h5ad.gz", b"PK\x03\x04": ".zip"}
 
 
+def _unpacked(path: Path) -> bytes:
+    """The first bytes inside a gzip file; empty if it is damaged."""
+    try:
+        with gzip.open(path) as file:
+            return file.read(len(HDF5_MAGIC))
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
 def _not_anndata(path: Path, error: Exception | None) -> InputError:
     """Why `path` could not be read as AnnData: packed, not HDF5, damaged, or HDF5 with other content."""
     with path.open("rb") as file:
         magic = file.read(len(HDF5_MAGIC))
     packed = next((ending for start, ending in PACKED.items() if magic.startswith(start)), None)
+    if packed == ".h5ad.gz" and (inside := _unpacked(path)) != HDF5_MAGIC:
+        if inside.startswith(b"BAM\1"):
+            return InputError(path, "file", f"{FOREIGN['.bam'][0]}, by its content, so not an .h5ad", FOREIGN[".bam"][1])
+        return InputError(path, "file", "packed with gzip by its content, so not an .h5ad; no HDF5 inside", "unpack it with gunzip")
     if packed:
         return InputError(path, "file", f"{FOREIGN[packed][0]} by its content, so not an .h5ad", FOREIGN[packed][1])
     if (kind := hdf5_kind(path)) in FOREIGN:
@@ -159,6 +174,20 @@ KNOWN_PAIRS = (("cell_by_gene", "cell_metadata"), ("exprmat", "metadata"))
 NAME_COLUMNS = ("", "barcode", "barcodes", "cell", "cells", "cell_id", "spot", "spot_id", "id", "index", "name")
 
 
+Z_COLUMNS = ("z", "z_centroid", "center_z")
+
+
+def find_expression(folder: Path) -> Path:
+    """The expression table in `folder`, told by its name; there must be one. No coordinates are looked for."""
+    texts = sorted(p for p in folder.iterdir() if TEXT_NAME.search(p.name))
+    known = [[p for p in texts if names[0] in p.name.lower()] for names in KNOWN_PAIRS]
+    usual = [p for p in texts if EXPRESSION_NAME.search(p.name) and not COORDINATE_NAME.search(p.name)]
+    found = next((paths for paths in (*known, usual) if len(paths) == 1), usual)
+    if len(found) != 1:
+        raise InputError(folder, "folder", f"{len(found)} expression tables found, one is needed", "name it expr.csv, or give the table itself")
+    return found[0]
+
+
 def find_pair(folder: Path) -> tuple[Path, Path]:
     """The expression and the coordinate table in `folder`, told apart by their names; each must be there once."""
     texts = sorted(p for p in folder.iterdir() if TEXT_NAME.search(p.name))
@@ -192,7 +221,7 @@ def has_header(path: Path) -> bool:
 def read_coordinates(path: Path) -> pd.DataFrame:
     """Barcode -> x, y: columns named x and y (or a usual synonym, any case), else the only two numeric columns.
 
-    A header may be missing.
+    A column named z that varies is kept as the third. A header may be missing.
     """
     frame = read_table(path, header=has_header(path))
     lower = {str(name).lower(): name for name in frame.columns}
@@ -206,9 +235,12 @@ def read_coordinates(path: Path) -> pd.DataFrame:
             f"no x and y among {', '.join(map(str, frame.columns[:6]))}",
             "name the two position columns x and y",
         )
-    pair = frame[chosen]
-    numbers(pair, path)
-    return pair.set_axis(["x", "y"], axis=1)
+    depth = next((lower[c] for c in Z_COLUMNS if c in lower and lower[c] not in chosen), None)
+    if depth is not None and frame[depth].nunique() > 1:
+        chosen = [*chosen, depth]
+    places = frame[chosen]
+    numbers(places, path)
+    return places.set_axis(list("xyz")[: len(chosen)], axis=1)
 
 # %% ../../nbs/data/01_io.ipynb #8670976e
 def _only(one: pd.Index, other: pd.Index) -> str:
@@ -217,8 +249,13 @@ def _only(one: pd.Index, other: pd.Index) -> str:
     return f"{len(lonely)}" + (f" ({', '.join(map(str, lonely[:3]))})" if len(lonely) else "")
 
 
-def read_csv_pair(expression: Path, coordinates: Path) -> AnnData:
-    """Join an expression table and a coordinate table by barcode, in the order of the expression table."""
+def read_csv_pair(expression: Path, coordinates: Path | None) -> AnnData:
+    """Join an expression table and a coordinate table by barcode, in the order of the expression table.
+
+    `coordinates=None`: without positions.
+    """
+    if coordinates is None:
+        return read_st(expression, spatial=False)
     counts, places = read_table(expression), read_coordinates(coordinates)
     for path, frame in ((expression, counts), (coordinates, places)):
         if not frame.index.is_unique:
@@ -239,8 +276,11 @@ def read_csv_pair(expression: Path, coordinates: Path) -> AnnData:
     )
 
 
-def read_pair(expression: Path, coordinates: Path) -> AnnData:
-    """An expression and a coordinate table, joined as CosMx wants if the first has its columns, else by barcode."""
+def read_pair(expression: Path, coordinates: Path | None) -> AnnData:
+    """An expression and a coordinate table, joined as CosMx wants if the first has its columns, else by barcode.
+
+    `coordinates=None`: without positions.
+    """
     return read_cosmx(expression, coordinates) if is_cosmx(expression) else read_csv_pair(expression, coordinates)
 
 # %% ../../nbs/data/01_io.ipynb #de02d1b7
@@ -362,21 +402,34 @@ def take_layer(adata: AnnData, layer: str | None, source: object) -> AnnData:
     adata = in_memory(adata)
     known = [*map(str, adata.layers), *(["raw"] if adata.raw is not None and "raw" not in adata.layers else [])]
     if layer not in known:
-        remedy = (
-            f"name one of them, such as {option('layer', known[0])}"
-            if known
-            else "leave this option out, the only matrix is X"
-        )
-        raise InputError(source, "layers", f"has no '{layer}', only {', '.join(known) or 'X'}", remedy)
+        remedy = "leave this option out, then X is read"
+        if known and layer != "X":
+            remedy = f"name one of them, such as {option('layer', known[0])}"
+        problem = f"has no layer '{layer}' (layers: {', '.join(known) or 'none'})"
+        raise InputError(source, "layers", problem, remedy)
     return rebuilt(adata, X=adata.layers[layer] if layer in adata.layers else _raw_counts(adata, str(source)))
 
 # %% ../../nbs/data/01_io.ipynb #b99413e4
+def _is_there(text: str) -> bool:
+    """Is `text` the path of something that exists, or of two files joined by `+`?"""
+    pair = PAIR.match(text)
+    return bool(text) and (Path(text).exists() or (pair is not None and all(Path(part).is_file() for part in pair.groups())))
+
+
 def parse_source(source: str | Path, sample: str | None = None) -> tuple[str, str | None]:
-    """`"file.h5ad#A1"` -> (`"file.h5ad"`, `"A1"`); a path that exists as it stands is left whole."""
+    """`"file.h5ad#A1"` -> (`"file.h5ad"`, `"A1"`); a path that exists as it stands is left whole.
+
+    Of several `#` the last that ends an existing path counts; if none does, the first after the ending of a file, else the last.
+    """
     text = str(source)
-    if sample is None and "#" in text and not Path(text).exists():
-        text, sample = text.rsplit("#", 1)
-    return text, sample
+    if sample is not None or "#" not in text or _is_there(text):
+        return text, sample
+    cuts = [match.start() for match in re.finditer("#", text)]
+    # A folder `run` beside a missing `run#1/file.h5ad` is not what was meant.
+    real = [i for i in cuts if _is_there(text[:i]) and not ("/" in text[i:] and Path(text[:i]).is_dir())]
+    ended = [i for i in cuts if re.search(r"\.(h5ad|h5|zarr|csv|tsv|txt)(\.gz)?$", text[:i], re.IGNORECASE)]
+    cut = real[-1] if real else ended[0] if ended else cuts[-1]
+    return text[:cut], text[cut + 1 :]
 
 # %% ../../nbs/data/01_io.ipynb #6941ea02
 def _load_folder(path: Path, spatial: bool) -> AnnData:
@@ -388,8 +441,9 @@ def _load_folder(path: Path, spatial: bool) -> AnnData:
         return read_space_ranger(path, spatial=spatial)
     if xenium_counts(path):
         return read_xenium(path, spatial=spatial)
+    refuse_partial(path)
     if matrix_folder(path) is None:
-        return read_pair(*find_pair(path))
+        return read_pair(*find_pair(path)) if spatial else read_pair(find_expression(path), None)
     if spatial:
         raise no_positions(path)
     return read_10x(path)
@@ -420,10 +474,10 @@ def _load(text: str, spatial: bool) -> AnnData:
     """Read one source in whichever shape it has."""
     if not Path(text).exists() and (pair := PAIR.match(text)):
         expression, coordinates = map(Path, pair.groups())
-        for part in (expression, coordinates):
+        for part in (expression, coordinates) if spatial else (expression,):
             if not part.is_file():
                 raise InputError(part, "file", "does not exist", "check both parts of expression.csv+coordinates.csv")
-        return read_pair(expression, coordinates)
+        return read_pair(expression, coordinates if spatial else None)
     path = Path(text)
     if not path.exists():
         raise InputError(path, "file", "does not exist", "check the path")
@@ -436,14 +490,12 @@ def take_sample(adata: AnnData, sample: str, source: str, slide_key: str | None 
     labels = section_labels(adata, source, slide_key)
     known = sorted(set(labels) - {""})
     if sample not in known:
-        listed = ", ".join(known[:12]) or "nothing (there is no such column)"
-        column = slide_key if slide_key not in (None, "none") else "slide"
-        raise InputError(
-            source,
-            f"obs['{column}']",
-            f"has no '{sample}', only {listed}",
-            "name one of these, or give the whole file",
-        )
+        listed = f"has no '{sample}', only {', '.join(known[:12])}{', ...' * (len(known) > 12)}"
+        owners = [name for name in adata.obs.columns if (adata.obs[name].astype(str) == sample).any()]
+        remedy = "name one of these, or give the whole file" if known else "give the whole file, without the name of a section"
+        if owners and slide_key is None:
+            remedy = f"if obs['{owners[0]}'] names the sections, say so: {option('slide_key', str(owners[0]))}"
+        raise InputError(source, "sections", listed if known else f"has no '{sample}': the file has one section", remedy)
     return adata[labels == sample].copy()
 
 
@@ -514,8 +566,14 @@ def read_many(
         "slide_key": slide_key,
         "plane": plane,
     }
-    # `read` has written the sections into obs['slide'], whichever column they came from.
-    return [part for source in sources for part in split_sections(read(source, **how), source, "slide")]
+    parts = []
+    for source in sources:
+        table = read(source, **how)
+        if spatial and slide_key is None and parse_source(source)[1] is None:
+            hint_sections(table, source)
+        # `read` has written the sections into obs['slide'], whichever column they came from.
+        parts += split_sections(table, source, "slide")
+    return parts
 
 # %% ../../nbs/data/01_io.ipynb #bda672a8
 def real_files(source: str | Path) -> list[Path]:

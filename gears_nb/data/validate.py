@@ -275,9 +275,9 @@ def _where(xy: np.ndarray) -> str:
 
 # %% ../../nbs/data/02_validate.ipynb #35ce87e4
 def _on_line(xy: np.ndarray, tolerance: float = 1e-6) -> bool:
-    """Do three or more finite rows of `xy` (n, 2) lie on one line, up to `tolerance` of its length? Not if all coincide."""
+    """Do five or more finite rows of `xy` (n, 2) lie on one line, up to `tolerance` of its length? Not if all coincide."""
     quarter = xy * 0.25  # differences of the largest numbers stay finite
-    width = np.ptp(quarter, axis=0).max() if len(xy) > 2 else 0.0
+    width = np.ptp(quarter, axis=0).max() if len(xy) > 4 else 0.0
     if width == 0:
         return False
     shape = (quarter - quarter[0]) / width
