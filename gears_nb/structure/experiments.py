@@ -28,7 +28,7 @@ from ..core.progress import progress
 from ..core.results import plain
 from ..core.seeding import torch_rng
 from ..core.training import TrainingError
-from ..core.store import Store, code_digest, content_digest, write_json
+from ..core.store import FORMAT, Store, code_digest, content_digest, write_json
 from ..data.genes import match_genes, take_genes
 from ..data.registry import SIMULATED, cache_root, load_protocol
 from ..data.validate import validate_slide
@@ -450,7 +450,7 @@ def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: 
         for i in range(len(next(iter(made.values())))):
             for name, v in ready.items():
                 fold = made[digest(v.config.encoder)][i]
-                key = f"kept/{fold.digest[:20]}"
+                key = f"kept/{FORMAT}/{fold.digest[:20]}"
                 if not store.has(key):
                     fold.save(store, key)
                 for seed in seeds:
