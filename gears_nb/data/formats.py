@@ -107,7 +107,8 @@ def genes_only(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     """`frame` without the columns of control probes and of `MEASURES`; warns with their number."""
     control = np.array([bool(CONTROL.match(str(name))) for name in frame.columns], dtype=bool)
     measure = np.array([re.sub("[. ]", "_", str(name).lower()) in MEASURES for name in frame.columns], dtype=bool)
-    for left_out, what in ((control, "control probes are not genes"), (measure, "columns are measures of cells, not genes,")):
+    told = "control probes are not genes", "columns are measures of cells, not genes,"
+    for left_out, what in zip((control, measure), told, strict=True):
         if left_out.any():
             first = ", ".join(map(str, frame.columns[left_out][:3]))
             warnings.warn(f"{path}: {left_out.sum()} {what} and were left out ({first})", GearsWarning, stacklevel=3)

@@ -88,8 +88,10 @@ def _not_anndata(path: Path, error: Exception | None) -> InputError:
     packed = next((ending for start, ending in PACKED.items() if magic.startswith(start)), None)
     if packed == ".h5ad.gz" and (inside := _unpacked(path)) != HDF5_MAGIC:
         if inside.startswith(b"BAM\1"):
-            return InputError(path, "file", f"{FOREIGN['.bam'][0]}, by its content, so not an .h5ad", FOREIGN[".bam"][1])
-        return InputError(path, "file", "packed with gzip by its content, so not an .h5ad; no HDF5 inside", "unpack it with gunzip")
+            kind, remedy = FOREIGN[".bam"]
+            return InputError(path, "file", f"{kind}, by its content, so not an .h5ad", remedy)
+        problem = "packed with gzip by its content, so not an .h5ad; no HDF5 inside"
+        return InputError(path, "file", problem, "unpack it with gunzip")
     if packed:
         return InputError(path, "file", f"{FOREIGN[packed][0]} by its content, so not an .h5ad", FOREIGN[packed][1])
     if (kind := hdf5_kind(path)) in FOREIGN:
@@ -184,7 +186,8 @@ def find_expression(folder: Path) -> Path:
     usual = [p for p in texts if EXPRESSION_NAME.search(p.name) and not COORDINATE_NAME.search(p.name)]
     found = next((paths for paths in (*known, usual) if len(paths) == 1), usual)
     if len(found) != 1:
-        raise InputError(folder, "folder", f"{len(found)} expression tables found, one is needed", "name it expr.csv, or give the table itself")
+        problem = f"{len(found)} expression tables found, one is needed"
+        raise InputError(folder, "folder", problem, "name it expr.csv, or give the table itself")
     return found[0]
 
 
@@ -412,14 +415,17 @@ def take_layer(adata: AnnData, layer: str | None, source: object) -> AnnData:
 # %% ../../nbs/data/01_io.ipynb #b99413e4
 def _is_there(text: str) -> bool:
     """Is `text` the path of something that exists, or of two files joined by `+`?"""
+    if not text or Path(text).exists():
+        return bool(text)
     pair = PAIR.match(text)
-    return bool(text) and (Path(text).exists() or (pair is not None and all(Path(part).is_file() for part in pair.groups())))
+    return pair is not None and all(Path(part).is_file() for part in pair.groups())
 
 
 def parse_source(source: str | Path, sample: str | None = None) -> tuple[str, str | None]:
     """`"file.h5ad#A1"` -> (`"file.h5ad"`, `"A1"`); a path that exists as it stands is left whole.
 
-    Of several `#` the last that ends an existing path counts; if none does, the first after the ending of a file, else the last.
+    Of several `#` the last that ends an existing path counts; if none does, the first after the ending of a file, else
+    the last.
     """
     text = str(source)
     if sample is not None or "#" not in text or _is_there(text):
@@ -490,12 +496,15 @@ def take_sample(adata: AnnData, sample: str, source: str, slide_key: str | None 
     labels = section_labels(adata, source, slide_key)
     known = sorted(set(labels) - {""})
     if sample not in known:
-        listed = f"has no '{sample}', only {', '.join(known[:12])}{', ...' * (len(known) > 12)}"
+        problem = f"has no '{sample}', only {', '.join(known[:12])}{', ...' * (len(known) > 12)}"
         owners = [name for name in adata.obs.columns if (adata.obs[name].astype(str) == sample).any()]
-        remedy = "name one of these, or give the whole file" if known else "give the whole file, without the name of a section"
+        remedy = "name one of these, or give the whole file"
+        if not known:
+            problem = f"has no '{sample}': the file has one section"
+            remedy = "give the whole file, without the name of a section"
         if owners and slide_key is None:
             remedy = f"if obs['{owners[0]}'] names the sections, say so: {option('slide_key', str(owners[0]))}"
-        raise InputError(source, "sections", listed if known else f"has no '{sample}': the file has one section", remedy)
+        raise InputError(source, "sections", problem, remedy)
     return adata[labels == sample].copy()
 
 
@@ -535,7 +544,7 @@ def read(
     if sample is not None:
         adata = take_sample(adata, sample, text, slide_key)
     check(adata, text, spatial=spatial, counts=counts, min_spots=min_spots, plane=plane, slide_key=slide_key)
-    if spatial or slide_key is not None or "slide" not in adata.obs:
+    if spatial:
         _name_sections(adata, text, slide_key)
     return adata
 
@@ -571,8 +580,8 @@ def read_many(
         table = read(source, **how)
         if spatial and slide_key is None and parse_source(source)[1] is None:
             hint_sections(table, source)
-        # `read` has written the sections into obs['slide'], whichever column they came from.
-        parts += split_sections(table, source, "slide")
+        # `read` has written the sections of slides into obs['slide'], whichever column they came from.
+        parts += split_sections(table, source, "slide" if spatial else slide_key, ask=spatial)
     return parts
 
 # %% ../../nbs/data/01_io.ipynb #bda672a8

@@ -27,11 +27,14 @@ __all__ = ['SECTION_COLUMNS', 'OTHER_COLUMNS', 'MARK', 'LEAST_VALUES', 'section_
 SECTION_COLUMNS = ("slide", "library_id", "sample")
 "Columns of `obs` that are asked which section a row belongs to, in this order, in capitals or not."
 
-OTHER_COLUMNS = ("section", "section_id", "section_name", "slide_id", "slide_name", "slice", "slice_id", "sample_id", "sample_name", "sampleid",
-                 "library", "library_name", "orig_ident", "batch", "batch_id", "puck", "puck_id", "capture_area", "array", "array_id", "chip",
-                 "bregma", "specimen", "specimen_id", "donor", "donor_id", "patient", "patient_id", "subject", "individual", "mouse", "mouse_id",
-                 "animal", "animal_id", "replicate", "fov")
-"Other usual names of such columns (points and blanks read as `_`): too many meanings to be followed, but worth a question."
+OTHER_COLUMNS = (
+    "section", "section_id", "section_name", "slide_id", "slide_name", "slice", "slice_id", "sample_id",
+    "sample_name", "sampleid", "library", "library_name", "orig_ident", "batch", "batch_id", "puck",
+    "puck_id", "capture_area", "array", "array_id", "chip", "bregma", "specimen", "specimen_id", "donor",
+    "donor_id", "patient", "patient_id", "subject", "individual", "mouse", "mouse_id", "animal", "animal_id",
+    "replicate", "fov",
+)
+"Other usual names of such columns (points and blanks read as `_`): of many meanings, so only asked about."
 
 MARK = "gears_section"
 "Entry of `uns` with the label of a table that `split_sections` made."
@@ -166,19 +169,19 @@ def hint_sections(adata: AnnData, source: object) -> None:
         text, missing = _read_labels(adata.obs[name])
         count = len(set(text[~missing]))
         if 2 <= count <= 50 and count < len(text):
-            told = f"obs['{name}'] has {count} labels: if these are sections, name it with {option('slide_key', str(name))}"
-            warnings.warn(f"{source}: {told}", GearsWarning, stacklevel=3)
+            told = f"if these are sections, name it with {option('slide_key', str(name))}"
+            warnings.warn(f"{source}: obs['{name}'] has {count} labels: {told}", GearsWarning, stacklevel=3)
             return
 
 # %% ../../nbs/data/10_sections.ipynb #05861b97
-def split_sections(adata: AnnData, source: object, key: str | None = None) -> list[AnnData]:
+def split_sections(adata: AnnData, source: object, key: str | None = None, *, ask: bool = True) -> list[AnnData]:
     """One copy per section of `section_labels`, in order of first appearance, its label in `obs['slide']`; `adata` is not changed.
 
     A backed table is read into memory section by section. Raises what `section_labels` raises; without `key` warns as
-    `hint_sections` does.
+    `hint_sections` does (`ask=False`: not for cells).
     """
     labels, parts = section_labels(adata, source, key), []
-    if key is None:
+    if key is None and ask:
         hint_sections(adata, source)
     for label in dict.fromkeys(labels):
         part = adata[np.flatnonzero(labels == label)]
@@ -236,7 +239,7 @@ LEAST_VALUES = 3
 
 
 def _common_codes(adata: AnnData, common: frozenset[str]) -> np.ndarray:
-    "Codes of the rows over the genes `common`, of those that have `LEAST_VALUES` there and occur once in the table; sorted."
+    "Sorted codes of the rows over the genes `common`: those with `LEAST_VALUES` there that occur once in the table."
     shared = np.fromiter((name in common for name in adata.var_names), dtype=bool, count=adata.n_vars)
     X = adata.X.to_memory() if hasattr(adata.X, "to_memory") else adata.X
     X = sp.csr_matrix(X if sp.issparse(X) else np.asarray(X))
@@ -249,9 +252,8 @@ def _common_codes(adata: AnnData, common: frozenset[str]) -> np.ndarray:
 def repeated_sections(tables: Sequence[AnnData]) -> list[tuple[int, int]]:
     """Pairs (later, earlier) of `tables` that hold the same rows.
 
-    Two tables do if counts agree everywhere, with the barcodes or with the positions, or if more than half of the rows of the
-    smaller one have the same counts as a row of the other in all genes that both have. The order of rows and genes does not
-    matter; each repeat is paired with the first table that it repeats. Tables without `X` are passed over.
+    Two tables do if counts agree everywhere, with the barcodes or with the positions, or if more than half of the rows of
+    the smaller one equal a row of the other in all genes that both have. The order of rows and genes does not matter; each repeat is paired with the first table that it repeats. Tables without `X` are passed over.
     """
     prints = [set() if table.X is None else _fingerprints(table) for table in tables]
     genes = [frozenset(map(str, table.var_names)) for table in tables]
@@ -266,7 +268,7 @@ def repeated_sections(tables: Sequence[AnnData]) -> list[tuple[int, int]]:
         if not (prints[i] and prints[j]) or prints[i] & prints[j]:
             return bool(prints[i] & prints[j])
         common = genes[i] & genes[j]
-        both = np.intersect1d(codes(i, common), codes(j, common), assume_unique=True) if len(common) >= LEAST_VALUES else ()
+        both = np.intersect1d(codes(i, common), codes(j, common), assume_unique=True) if common else ()
         return 2 * len(both) > min(tables[i].n_obs, tables[j].n_obs)
 
     first = ((i, next((j for j in range(i) if same(i, j)), None)) for i in range(len(tables)))

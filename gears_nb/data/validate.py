@@ -77,7 +77,8 @@ def check_values(adata: AnnData, source: str) -> None:
         raise InputError(source, "X", f"NaN or infinite ({_first_bad(adata, lambda v: ~np.isfinite(v))})", "drop or impute these values")
     if float(high) > MAX_VALUE:
         where = _first_bad(adata, lambda v: v == high).partition("first at ")[2]
-        raise InputError(source, "X", f"the largest value, {float(high):.6g} ({where}), does not fit into single precision", "give counts")
+        problem = f"the largest value, {float(high):.6g} ({where}), does not fit into single precision"
+        raise InputError(source, "X", problem, "give counts")
     if low < 0:
         where = _first_bad(adata, lambda v: v < 0)
         raise InputError(source, "X", f"negative ({where})", "give raw counts, not z-scores or residuals" + _counts_hint(adata))
@@ -153,7 +154,7 @@ def _flat(depth: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _stacked(depth: np.ndarray, labels: np.ndarray) -> int:
-    """How many values `depth` (n,) takes within one of the `labels` (n,), if 2 to 20, each in three rows on average; else 0."""
+    """How many values `depth` (n,) takes within a label (n,), if 2 to 20, each in three rows on average; else 0."""
     for label in dict.fromkeys(labels):
         own = depth[(labels == label) & np.isfinite(depth)]
         count = len(np.unique(own))
@@ -340,7 +341,8 @@ def _check_size(count: int, source: str, where: str, min_spots: int) -> None:
         return
     piece, remedy = "", "drop this section"
     if min_spots > 10:
-        piece, remedy = " (one training piece)", remedy + f", or lower it: {option('structure.miniset', count)}" * (count >= MIN_MINISET)
+        piece = " (one training piece)"
+        remedy += f", or lower it: {option('structure.miniset', count)}" * (count >= MIN_MINISET)
     raise InputError(source, where, f"{count} spots, at least {min_spots} are needed{piece}", remedy)
 
 
@@ -355,7 +357,8 @@ def _check_extent(xy: np.ndarray, source: str, precision: float) -> None:
         far = f" (width {width * 4:.3g}, distance from zero {size * 4:.3g})" if rounded else ""
         raise InputError(source, "obsm['spatial']", problem + far, "give measured positions, less any large offset")
     if _on_line(xy):
-        raise InputError(source, "obsm['spatial']", f"all {len(xy)} spots lie on one line", "give both coordinates of every spot")
+        problem = f"all {len(xy)} spots lie on one line"
+        raise InputError(source, "obsm['spatial']", problem, "give both coordinates of every spot")
 
 # %% ../../nbs/data/02_validate.ipynb #2cfb53c5
 MAX_UNUSABLE = 0.05
