@@ -231,12 +231,8 @@ def _read_cells(cells: str | Path, slide_key: str | None, **how: Any) -> tuple[A
     "The cells, and the key of their sections: `slide_key`, unless they lack that column, which may tell slides apart only."
     from gears_nb.data.io import read
 
-    try:
-        return read(cells, spatial=False, slide_key=slide_key, **how), slide_key
-    except InputError as error:
-        if slide_key in (None, "none") or error.field != f"obs['{slide_key}']" or "no such column" not in error.problem:
-            raise
-    return read(cells, spatial=False, **how), None
+    query = read(cells, spatial=False, slide_key=slide_key, **how)
+    return query, slide_key if slide_key in (None, "none") or slide_key in query.obs else None
 
 
 def read_inputs(slides: Sequence[str | Path], cells: str | Path, config: GearsConfig, *, genes: Sequence[str] = (), slide_key: str | None = None,
