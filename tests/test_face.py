@@ -83,7 +83,7 @@ IMPORTED_AS = {"scikit-learn": "sklearn", "pot": "ot", "lightning-fabric": "ligh
 # started by name, or brought along so that another package can do something
 NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "ipywidgets": "tables of widgets in notebooks",
                 "execnb": "nbdev breaks with newer ones", "ghapi": "nbdev breaks with newer ones", "setuptools": "setup.py", "ruff": "make lint",
-                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs"}
+                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs"}
 # parts of declared packages, or pulled in by them for certain
 COMES_ALONG = {"IPython": "ipykernel", "traitlets": "anywidget", "jupyter_client": "ipykernel", "PIL": "matplotlib", "packaging": "anndata",
                "threadpoolctl": "scikit-learn", "zarr": "anndata"}

@@ -83,8 +83,9 @@ def _once(slides: list[AnnData], cells: AnnData | None) -> list[AnnData]:
     copies = set()
     for later, earlier in repeated_sections(tables):
         if later < len(slides):
-            copies.add(later)
-            warnings.warn(f"{names[later]}: holds the same spots as {names[earlier]}, used once", GearsWarning, stacklevel=4)
+            copy, kept = sorted((later, earlier), key=lambda i: (slides[i].n_obs, -i))  # one that holds another has more spots
+            copies.add(copy)
+            warnings.warn(f"{names[copy]}: holds the same spots as {names[kept]}, used once", GearsWarning, stacklevel=4)
         else:
             warnings.warn(f"cells: are the spots of {names[earlier]}, which the model learns from: their places are no prediction", GearsWarning, stacklevel=4)
     return [slide for i, slide in enumerate(slides) if i not in copies]
