@@ -96,7 +96,7 @@ def twice(axis):
 BAD_SLIDES = {
     "no coordinates": (no_place, "obsm['spatial']"), "nan": (poke(np.nan), "X"), "inf": (poke(np.inf), "X"), "negative": (poke(-1), "negative"),
     "not counts": (fractions, "counts"), "barcodes twice": (twice("obs"), "barcodes"), "genes twice": (twice("var"), "genes"),
-    "few spots": (lambda t: t[:20].copy(), "miniset"),
+    "few spots": (lambda t: t[:20].copy(), "at least 64 are needed"),
 }
 
 

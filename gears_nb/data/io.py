@@ -190,7 +190,7 @@ def find_expression(folder: Path) -> Path:
         raise InputError(folder, "folder", problem, "name it expr.csv, or give the table itself")
     return found[0]
 
-
+# %% ../../nbs/data/01_io.ipynb #dbab3f8d
 def find_pair(folder: Path) -> tuple[Path, Path]:
     """The expression and the coordinate table in `folder`, told apart by their names; each must be there once."""
     texts = sorted(p for p in folder.iterdir() if TEXT_NAME.search(p.name))

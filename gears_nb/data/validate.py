@@ -206,7 +206,7 @@ def _crowd_size(count: np.ndarray) -> float:
             return float(high)
     return np.inf
 
-
+# %% ../../nbs/data/02_validate.ipynb #63eecb3a
 def _outside(values: np.ndarray, others: np.ndarray, size: float) -> np.ndarray:
     """(n,) bool: does the value lie more than a tenth of `size` beyond the smallest or largest of `others`?"""
     return np.maximum(others.min() * 0.25 - values * 0.25, values * 0.25 - others.max() * 0.25) > 0.1 * size

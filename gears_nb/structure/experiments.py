@@ -318,7 +318,7 @@ def train_variant(v: Variant, fold: Fold, seed: int) -> GeometryModel:
 
 def trained(v: Variant, fold: Fold, seed: int, store: Store | None = None) -> tuple[GeometryModel, float]:
     "The model of a row in evaluation mode, kept under everything it depends on, and the CPU seconds of its training."
-    store, key = store or workshop(), f"models/{v.key(seed, fold, '', code_digest(('structure', 'targets')))}"
+    store, key = store or workshop(), f"models/{v.key(seed, fold, '', code_digest(('models', 'structure', 'targets')))}"
     if not store.has(key):
         start = time.process_time()
         state = train_variant(v, fold, seed).state_dict()
@@ -442,7 +442,7 @@ def base_config(profile: str = "toy", base: str = "d7", diff: Mapping[str, Any] 
 # %% ../../nbs/structure/09_experiments.ipynb #0262320c
 def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: Sequence[int], base: GearsConfig, count: int | None, fold_seed: int, store: Store) -> list[Job]:
     "All rows that are asked for, fold by fold; folds are built as needed."
-    code, exam, jobs = code_digest(("structure", "targets")), ExamSettings.of(base, count), []
+    code, exam, jobs = code_digest(("models", "structure", "targets")), ExamSettings.of(base, count), []
     ready = {name: variant(diff, base) for name, diff in variants.items()}
     for source in data:
         given = [source] if isinstance(source, Fold) else None
