@@ -8,10 +8,10 @@ import scipy.sparse as sp
 
 from gears_nb.benchmark import baselines
 from gears_nb.benchmark.baselines import BASELINES, METHODS, prepare, run_baselines
-from gears_nb.benchmark.metrics import score
 from gears_nb.core.errors import InputError
 from gears_nb.data.io import read_h5ad
 from gears_nb.data.registry import data_root
+from gears_nb.geometry.metrics import score
 
 
 def tissue(n: int, seed: int, angle: float = 0.0, depth: float = 1.0, genes: int = 30) -> ad.AnnData:

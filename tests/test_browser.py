@@ -15,8 +15,8 @@ import pytest
 from gears_nb.attention.browser import chromium, lab, run_in_lab, watch_network, why_no_browser
 from gears_nb.attention.explore import gather, write_notebook
 from gears_nb.attention.rules import true_neighbours
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.trace import step_size, values
-from gears_nb.core.gauge import gauge_fix
 
 pytestmark = pytest.mark.skipif(why_no_browser() is not None, reason=f"no browser to test in: {why_no_browser()}")
 GEARS = str(Path(sys.executable).parent / "gears")

@@ -329,8 +329,8 @@ def test_killed_training_continues_with_the_same_numbers(files, tmp_path_factory
 
 def test_run_executes_a_notebook_elsewhere(tmp_path):
     """An experiment runs with its parameters, and leaves nothing below nbs/ (its export cells would take over a module)."""
-    from gears_nb.core.results import repo_root
-    from gears_nb.runs.runner import run
+    from gears_nb.core.machine import repo_root
+    from gears_nb.lab.runner import run
     before = sorted(p for p in (repo_root() / "nbs").rglob("*") if ".ipynb_checkpoints" not in p.parts)
     copy = run("runs/demo", "smoke", {"seed": 1}, out=tmp_path)
     text = copy.read_text(encoding="utf-8")

@@ -22,11 +22,11 @@ from torch import nn
 from gears_nb.core import config as cfg
 from gears_nb.core.config import TrainConfig
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.core.gauge import gauge_fix, procrustes, rms
 from gears_nb.core.progress import progress
 from gears_nb.core.seeding import np_rng, randn, seed_everything, stream_seed, torch_rng
 from gears_nb.core.store import Store, atomic_path, content_digest, write_json
 from gears_nb.core.training import TrainingError, to_device, train
+from gears_nb.geometry.gauge import gauge_fix, procrustes, rms
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.data.genes import locate, match_genes, spoken_names
-from gears_nb.data.io import POSITION_COLUMNS, array_positions, parse_source, read, read_h5ad, read_many, split_slides, write_h5ad
+from gears_nb.data.io import (
+    POSITION_COLUMNS,
+    array_positions,
+    parse_source,
+    read,
+    read_h5ad,
+    read_many,
+    split_slides,
+    write_h5ad,
+)
 from gears_nb.data.registry import data_root
 from gears_nb.data.validate import validate_slide
 

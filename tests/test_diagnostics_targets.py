@@ -9,7 +9,19 @@ from gears_nb.core.errors import InputError
 from gears_nb.data.registry import data_root
 from gears_nb.targets.builder import build_targets
 from gears_nb.targets.diagnostics import (
-    ARRAYS, SECTIONS, SIGNATURES, draw_minisets, jaccard, load_section, neighbour_sets, present, quantiles, signatures, tie_share, walk_entropy, walk_spectrum,
+    ARRAYS,
+    SECTIONS,
+    SIGNATURES,
+    draw_minisets,
+    jaccard,
+    load_section,
+    neighbour_sets,
+    present,
+    quantiles,
+    signatures,
+    tie_share,
+    walk_entropy,
+    walk_spectrum,
 )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gears_nb.core import digests
-from gears_nb.core.results import Experiment, is_stale, load_results
-from gears_nb.runs.runner import catalogue
+from gears_nb.lab import digests
+from gears_nb.lab.results import Experiment, is_stale, load_results
+from gears_nb.lab.runner import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {book.key: book.path for book in catalogue() if book.parameter_source}

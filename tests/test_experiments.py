@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.core.gauge import gauge_fix
 from gears_nb.core.seeding import torch_rng
 from gears_nb.core.store import Store
 from gears_nb.data.registry import available
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.structure import experiments as lab
 from gears_nb.structure.gate import oracle_edges
 from gears_nb.targets.builder import build_targets

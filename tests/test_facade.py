@@ -17,9 +17,9 @@ from scipy.spatial import cKDTree
 
 from gears_nb.core.config import GearsConfig, profile
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.core.gauge import gauge_fix, procrustes, rms
 from gears_nb.core.store import content_digest
 from gears_nb.data.simulator import simulate
+from gears_nb.geometry.gauge import gauge_fix, procrustes, rms
 from gears_nb.reconstruct.even import even_out
 from gears_nb.reconstruct.facade import Gears
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.targets.builder import build_targets
 from gears_nb.targets.energy import energy, stress, walk_divergence
 from gears_nb.targets.families import (

@@ -20,8 +20,18 @@ from scipy.io import mmwrite
 from gears_nb.core.errors import GearsWarning, InputError, speaking
 from gears_nb.data.formats import FOREIGN, hdf5_kind, is_zarr, read_parquet
 from gears_nb.data.genes import match_genes, take_genes
-from gears_nb.data.io import (POSITION_COLUMNS, find_pair, read, read_h5ad, read_many, real_files, take_layer, take_sample, writable,
-                              write_h5ad)
+from gears_nb.data.io import (
+    POSITION_COLUMNS,
+    find_pair,
+    read,
+    read_h5ad,
+    read_many,
+    real_files,
+    take_layer,
+    take_sample,
+    writable,
+    write_h5ad,
+)
 from gears_nb.data.validate import validate_slide
 
 X = np.array([[4, 0, 7, 1], [0, 1, 0, 2], [9, 0, 2, 0], [1, 1, 0, 5], [2, 3, 1, 0]], dtype=np.float32)

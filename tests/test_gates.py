@@ -513,7 +513,7 @@ def test_distillation_sees_no_padding_and_teaches_one_way(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_distillation_leads_to_the_teacher(name):
-    from gears_nb.core.gauge import procrustes
+    from gears_nb.geometry.gauge import procrustes
 
     y = torch.rand(1, 40, 2, generator=seeded())
     x = (y + 0.15 * torch.randn(1, 40, 2, generator=seeded(1))).requires_grad_()

@@ -7,7 +7,16 @@ import pytest
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import PRESETS
-from gears_nb.encoder.h3 import Shares, composition, contingency, h3, kmeans, panel_spread, spatial_blocks, within_clusters
+from gears_nb.encoder.h3 import (
+    Shares,
+    composition,
+    contingency,
+    h3,
+    kmeans,
+    panel_spread,
+    spatial_blocks,
+    within_clusters,
+)
 from gears_nb.encoder.h5 import amplitude, elasticities, gradients, h5, program_levels, slide_directions, span_cosines
 from gears_nb.encoder.markers import choose_panels
 from gears_nb.encoder.probes import load_slides, stack_slides

@@ -8,8 +8,24 @@ import pytest
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import PRESETS
 from gears_nb.encoder import h4 as module
-from gears_nb.encoder.h4 import (SCHEDULES, Embedded, Trial, changes, embedded, expression_tables, fit_settings, h4, h4_verdict, lag_covariances, locality,
-                                 organisation, places, shape, stored_preset, trial)
+from gears_nb.encoder.h4 import (
+    SCHEDULES,
+    Embedded,
+    Trial,
+    changes,
+    embedded,
+    expression_tables,
+    fit_settings,
+    h4,
+    h4_verdict,
+    lag_covariances,
+    locality,
+    organisation,
+    places,
+    shape,
+    stored_preset,
+    trial,
+)
 from gears_nb.encoder.h6 import aligned_row, dealt, h6, h6_verdict, mapped, remedy_verdict
 from gears_nb.encoder.presets import fit_preset
 from gears_nb.encoder.probes import load_slides

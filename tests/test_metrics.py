@@ -9,11 +9,12 @@ from scipy.stats import pearsonr, spearmanr, wasserstein_distance
 from sklearn.manifold import trustworthiness as sklearn_trust
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from gears_nb.benchmark import compare, metrics
-from gears_nb.benchmark.metrics import METRICS, score
+from gears_nb.benchmark import compare
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix
-from gears_nb.core.results import SCORE_KEYS
+from gears_nb.geometry import metrics
+from gears_nb.geometry.gauge import gauge_fix
+from gears_nb.geometry.metrics import METRICS, score
+from gears_nb.lab.results import SCORE_KEYS
 
 
 @pytest.fixture(scope="module")

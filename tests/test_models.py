@@ -119,7 +119,7 @@ from torch import nn
 from dataclasses import dataclass
 from gears_nb import Gears, profile
 from gears_nb.core.config import Section
-from gears_nb.core.gauge import gauge_fix
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.data.simulator import simulate
 from gears_nb.models.catalogue import add_model
 from gears_nb.models.conformance import conform
@@ -162,7 +162,7 @@ for name in ("stranger", "plain"):
     config = profile("smoke", progress=False, **{"structure.model": name, "structure.epochs": 4, "structure.minisets_per_epoch": 32})
     model = Gears(config).fit(slides)
     placed = model.reconstruct(query)
-    from gears_nb.benchmark.metrics import score
+    from gears_nb.geometry.metrics import score
     scores[name] = score(placed.obsm["X_gears"], query.obsm["spatial"])["spearman"]
     assert model.fitted.models[0].explain(torch.from_numpy(placed.obsm["H_gears"][:50][None]).float())[0].n == 50
 model.save(folder + "/plain")

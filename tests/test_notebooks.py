@@ -102,7 +102,7 @@ def test_is_clean(path):
 
 def test_parameter_tags_survive_cleaning(tmp_path):
     """nbdev's cleaner must keep papermill's tag, or every experiment silently loses its parameters."""
-    from gears_nb.runs.runner import catalogue
+    from gears_nb.lab.runner import catalogue
     experiments = [book for book in catalogue() if book.parameter_source]
     assert experiments, "no notebook has a parameters cell"
     (tmp_path / "nbs").mkdir()
@@ -113,16 +113,18 @@ def test_parameter_tags_survive_cleaning(tmp_path):
 
 
 def test_imports_run_downwards():
-    """core <- data <- encoder, targets <- models <- structure, generators <- reconstruct <- benchmark <- attention <- runs; siblings apart"""
-    level = {"core": 0, "data": 1, "encoder": 2, "targets": 2, "models": 3, "structure": 4, "generators": 4, "reconstruct": 5, "benchmark": 6, "attention": 7, "runs": 8}
+    """Modules and notebooks import from lower floors only; neighbours on one floor stay apart."""
+    floors = ["core", "geometry", "data", "lab", "encoder targets", "models", "structure generators", "reconstruct", "benchmark", "attention", "runs"]
+    level = {chapter: i for i, floor in enumerate(floors) for chapter in floor.split()}
+    code = {path: path.read_text(encoding="utf-8") for path in MODULES} | {path: "\n".join(source for _, source in cells(path, "code")) for path in NOTEBOOKS}
     wrong = []
-    for path in MODULES:
-        chapter = path.relative_to(ROOT / "gears_nb").parts[0]
-        for line in path.read_text(encoding="utf-8").splitlines():
+    for path, source in code.items():
+        chapter = path.relative_to(ROOT / "gears_nb" if path.suffix == ".py" else NBS).parts[0]
+        for line in source.splitlines():
             used = re.match(r"\s*(?:from|import) (?:gears_nb|\.)\.(\w+)\.?\w*", line)
-            if used and used.group(1) in level and used.group(1) != chapter and level[used.group(1)] >= level[chapter]:
+            if used and used.group(1) in level and used.group(1) != chapter and level[used.group(1)] >= level.get(chapter, 99):
                 wrong.append(f"{path.relative_to(ROOT)}: {line.strip()}")
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_readme_is_the_index():

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from gears_nb.attention.browser import chromium, watch_network, why_no_browser
 from gears_nb.attention.export import page as explorer_page
-from gears_nb.models.trace import AttentionTrace
 from gears_nb.attention.widgets import attention_explorer, reconstruction_explorer
 from gears_nb.benchmark.compare import score_row
 from gears_nb.core.page import POLICY, STILL, contents, page, squeeze, unsqueeze
 from gears_nb.core.style import THEMES, contrast
 from gears_nb.encoder.diagnose import SEVERITIES, Bars, Diagnosis, Finding
+from gears_nb.models.trace import AttentionTrace
 from gears_nb.runs.diagnose_report import _READY, render_diagnosis
 from gears_nb.runs.report import render_report, tissue_view
 

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gears_nb.benchmark.baselines import prepare
-from gears_nb.benchmark.metrics import score
 from gears_nb.core.errors import GearsWarning, InputError, speaking
 from gears_nb.data.validate import (
     EMPTY,
@@ -25,11 +24,12 @@ from gears_nb.data.validate import (
     check,
     coordinates,
     positions,
-    rescaled,
     validate_cells,
     validate_slide,
 )
 from gears_nb.encoder.probes import morans_i
+from gears_nb.geometry.gauge import rescaled
+from gears_nb.geometry.metrics import score
 from gears_nb.models.batches import Reference
 
 

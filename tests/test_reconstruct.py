@@ -17,13 +17,13 @@ from scipy.stats import spearmanr
 
 from gears_nb.core.config import PatchConfig, SolveConfig
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.core.gauge import gauge_fix, procrustes
 from gears_nb.data.neighbours import knn
+from gears_nb.geometry.gauge import gauge_fix, procrustes
+from gears_nb.models.contract import Geometry, GeometryModel, NoSettings
 from gears_nb.reconstruct.patches import build_graph, sample_patches
 from gears_nb.reconstruct.patchwise import estimate_memory, patch_geometry, reconstruct
 from gears_nb.reconstruct.solve import canonical, classical_mds, huber_solve, landmark_isomap
 from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
-from gears_nb.models.contract import Geometry, GeometryModel, NoSettings
 
 PATCHES = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=16)
 SOLVE = SolveConfig(iterations=200, landmarks=64, even=0)

@@ -8,11 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix, procrustes
 from gears_nb.data.neighbours import neighbour_recall
+from gears_nb.geometry.gauge import gauge_fix, procrustes
 from gears_nb.targets.builder import build_targets
 from gears_nb.targets.energy import energy
-from gears_nb.targets.recover import landmark_mds, point_spread, recover, recover_sparse, sparse_multiscale_graph, tidy_edges
+from gears_nb.targets.recover import (
+    landmark_mds,
+    point_spread,
+    recover,
+    recover_sparse,
+    sparse_multiscale_graph,
+    tidy_edges,
+)
 
 
 def cloud(*shape: int, seed: int = 0) -> torch.Tensor:

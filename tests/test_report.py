@@ -10,11 +10,20 @@ import pytest
 
 from gears_nb.attention.browser import find_browser
 from gears_nb.benchmark.compare import risk_coverage, score_row
-from gears_nb.benchmark.metrics import METRICS
 from gears_nb.core.errors import InputError
 from gears_nb.core.page import contents
-from gears_nb.core.results import SCORE_KEYS
-from gears_nb.runs.report import compared, facts, informative_genes, position_colours, render_report, tissue_view, why_unscored, write_report
+from gears_nb.geometry.metrics import METRICS
+from gears_nb.lab.results import SCORE_KEYS
+from gears_nb.runs.report import (
+    compared,
+    facts,
+    informative_genes,
+    position_colours,
+    render_report,
+    tissue_view,
+    why_unscored,
+    write_report,
+)
 
 BROWSER = find_browser()
 

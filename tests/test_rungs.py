@@ -8,8 +8,11 @@ from torch import nn
 
 from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.batches import Reference, Run
+from gears_nb.models.catalogue import MODELS
+from gears_nb.models.conformance import check_geometry_model
+from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.models.fit import fit_ensemble, fit_member
 from gears_nb.structure.gate import GateLogits, candidate_mask, oracle_edges
 from gears_nb.structure.ipa import (
@@ -20,9 +23,6 @@ from gears_nb.structure.ipa import (
     attention_bias,
     neighbour_walk,
 )
-from gears_nb.models.catalogue import MODELS
-from gears_nb.models.conformance import check_geometry_model
-from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.structure.rungs import RUNGS, Ladder, Rung, beta_share, gate_loss, make_gate, rung
 from gears_nb.targets.builder import build_targets, log_support, log_walk, squared_distances
 

@@ -10,7 +10,10 @@ from torch import nn
 
 from gears_nb.core.config import TargetConfig, profile
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix
+from gears_nb.geometry.gauge import gauge_fix
+from gears_nb.models.catalogue import MODELS, model_class
+from gears_nb.models.conformance import check_geometry_model
+from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.structure.gate import (
     EdgeGateSoft,
     GateLogits,
@@ -28,9 +31,6 @@ from gears_nb.structure.ipa import (
     entropy_deficit,
     rw_weight,
 )
-from gears_nb.models.catalogue import MODELS, model_class
-from gears_nb.models.conformance import check_geometry_model
-from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.structure.rungs import (
     D7,
     RUNGS,

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix
-from gears_nb.targets.energy import energy, js_rows, kl_rows, stress, walk_divergence
+from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.targets.builder import (
     adaptive_k,
     adaptive_landmarks,
@@ -21,6 +20,7 @@ from gears_nb.targets.builder import (
     pack_edges,
     slide_neighbours,
 )
+from gears_nb.targets.energy import energy, js_rows, kl_rows, stress, walk_divergence
 
 FORMS = ("log", "ratio", "sigma")
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from gears_nb.attention.browser import chromium, watch_network, why_no_browser
 from gears_nb.attention.explore import export_page, gather, records, what_to_explore
 from gears_nb.attention.export import page, write_html
-from gears_nb.models.trace import AttentionTrace, step_size, values
 from gears_nb.attention.views import (
     MARKS,
     MOST,
@@ -31,19 +30,28 @@ from gears_nb.attention.views import (
     gate_view,
     pack,
     pack_steps,
-    recycles_view,
     reconstruction_marks,
     reconstruction_view,
+    recycles_view,
     start,
     stretch,
     true_places,
     unpack,
 )
-from gears_nb.attention.widgets import attention_explorer, distortion_map, gate_explorer, recycle_player, reconstruction_explorer, script, stylesheet
+from gears_nb.attention.widgets import (
+    attention_explorer,
+    distortion_map,
+    gate_explorer,
+    reconstruction_explorer,
+    recycle_player,
+    script,
+    stylesheet,
+)
 from gears_nb.core.errors import InputError
-from gears_nb.core.gauge import gauge_fix, procrustes
 from gears_nb.core.page import POLICY, contents, squeeze
 from gears_nb.core.style import THEMES, contrast, css_variables
+from gears_nb.geometry.gauge import gauge_fix, procrustes
+from gears_nb.models.trace import AttentionTrace, step_size, values
 
 
 def a_trace(n=30, recycles=3, heads=2, seed=0, truth=True, graph="H-gate", share=0.4):

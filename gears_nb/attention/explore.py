@@ -25,18 +25,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .views import has_place, placed_cells, true_places
-from ..data.validate import rescaled
-from ..models.trace import AttentionTrace, load_trace, save_trace
 from ..core.errors import InputError, option
 from ..core.page import page as whole_page
 from ..core.store import Store
+from ..geometry.gauge import rescaled
+from ..models.trace import AttentionTrace, load_trace, save_trace
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from gears_nb.attention.widgets import Explorer
-    from gears_nb.reconstruct.facade import Gears
     from gears_nb.models.contract import GeometryModel
+    from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
 __all__ = ['MOST', 'reconstructions', 'model_folder', 'records', 'keep_records', 'kept_records', 'Found', 'gather',
@@ -96,6 +96,7 @@ def _made_by(table: AnnData, model: Gears) -> bool:
 def _drawn(table: AnnData, kept: np.ndarray, size: int, count: int, shares: Sequence[float], seed: int) -> np.ndarray:
     "Rows of `table` `(count, size)`: minisets of the rows `kept` `(m,)`, which have a position, drawn by seed on the predicted layout."
     import torch
+
     from gears_nb.core.seeding import stream_seed
     from gears_nb.models.batches import Reference
     reference = Reference(table.obsm["H_gears"][kept], table.obsm["X_gears"][kept])
@@ -127,6 +128,7 @@ def records(model: GeometryModel, table: AnnData, name: str, *, shares: Sequence
 
     `shares`: part of a miniset that is drawn from the whole tissue, by turns. Small tables make one miniset, since a second would hold the same cells."""
     import torch
+
     from gears_nb.structure.gate import oracle_edges
     from gears_nb.targets.builder import build_targets
     H, (kept, truth), out = table.obsm["H_gears"], _cells_and_truth(table), {}
@@ -229,7 +231,13 @@ def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, 
 # %% ../../nbs/attention/08_explore.ipynb #eaf0bc23
 def explorers_of(found: Found) -> dict[str, Explorer]:
     "The explorers that `found` allows, by name."
-    from gears_nb.attention.widgets import attention_explorer, distortion_map, gate_explorer, reconstruction_explorer, recycle_player
+    from gears_nb.attention.widgets import (
+        attention_explorer,
+        distortion_map,
+        gate_explorer,
+        reconstruction_explorer,
+        recycle_player,
+    )
     out: dict[str, Explorer] = {}
     if found.traces:
         out |= {"attention": attention_explorer(found.traces), "recycles": recycle_player(found.traces)}

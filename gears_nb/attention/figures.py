@@ -13,10 +13,10 @@ import numpy as np
 
 from .measures import with_mean
 from .rules import FAMILIES, NEIGHBOURS, footnote, true_neighbours
-from ..models.trace import AttentionTrace, step_size
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix, procrustes
 from ..core.style import COLOURS, scalebar
+from ..geometry.gauge import gauge_fix, procrustes
+from ..models.trace import AttentionTrace, step_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

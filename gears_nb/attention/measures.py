@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .rules import FAMILIES, edge_families, true_neighbours
-from ..models.trace import AttentionTrace, degrees, entropy, row_std, step_size
 from ..core.errors import InputError
+from ..models.trace import AttentionTrace, degrees, entropy, row_std, step_size
 from ..structure.gateformer import top_hits
 from ..targets.builder import GeoTargets, log_support, log_walk, squared_distances, walk_powers
 from ..targets.energy import FLOOR, SOFT_LENGTH, energy, kl_rows, masked_mean

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.trace import AttentionTrace, by_row
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
+from ..models.trace import AttentionTrace, by_row
 from ..targets.builder import GeoTargets, directed_edges, neighbour_ranks, squared_distances
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from .rules import NEIGHBOURS, gate_entropy, query_cells, true_neighbours
-from ..models.trace import AttentionTrace, step_size
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix, procrustes
-from ..data.validate import rescaled
+from ..geometry.gauge import gauge_fix, procrustes, rescaled
+from ..models.trace import AttentionTrace, step_size
 from ..targets.builder import build_targets
 from ..targets.energy import energy
 

@@ -16,11 +16,21 @@ import numpy as np
 import traitlets
 from fastcore.basics import patch
 
-from ..models.trace import AttentionTrace
-from .views import MARKS, TITLES, VIEWS, check_traces, distortion_view, fit_state, layout_energies, reconstruction_view, start
+from gears_nb.attention.views import (
+    MARKS,
+    TITLES,
+    VIEWS,
+    check_traces,
+    distortion_view,
+    fit_state,
+    layout_energies,
+    reconstruction_view,
+    start,
+)
 from ..core.errors import InputError
 from ..core.page import plotly_source
 from ..core.style import THEMES
+from ..models.trace import AttentionTrace
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -16,11 +16,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix, procrustes
 from ..core.seeding import np_rng
 from ..data.genes import match_genes
 from ..data.preprocess import Preprocessor, knn_cosine, smooth_expression
-from ..data.validate import coordinates, rescaled
+from ..data.validate import coordinates
+from ..geometry.gauge import gauge_fix, procrustes, rescaled
 
 if TYPE_CHECKING:
     from anndata import AnnData

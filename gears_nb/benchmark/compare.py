@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from .metrics import METRICS, score, stress1
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
+from ..geometry.metrics import METRICS, score, stress1
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,9 +21,9 @@ __all__ = ['measure', 'in_fresh_process', 'fit_exponent']
 # %% ../../nbs/benchmark/05_scale.ipynb #7c6ae1ff
 def measure(model: str | Path, n: int, seed: int) -> dict[str, Any]:
     "Reconstruct `n` simulated cells with the saved `model` in this process: n, seconds, peak_rss_mb, spearman, seconds by stage."
-    from gears_nb.benchmark.metrics import score
-    from gears_nb.core.results import peak_rss_mb
+    from gears_nb.core.machine import peak_rss_mb
     from gears_nb.data.simulator import simulate_cells
+    from gears_nb.geometry.metrics import score
     from gears_nb.reconstruct.facade import Gears
 
     gears, query = Gears.load(model), simulate_cells(n, seed).cells

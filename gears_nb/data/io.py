@@ -29,8 +29,6 @@ from gears_nb.data.formats import (
     is_cosmx,
     is_zarr,
     matrix_folder,
-)
-from gears_nb.data.formats import (
     no_positions,
     numbers,
     placed,
@@ -40,8 +38,10 @@ from gears_nb.data.formats import (
     read_table,
     read_xenium,
     read_zarr,
+    refuse_foreign,
+    refuse_partial,
+    xenium_counts,
 )
-from .formats import refuse_foreign, refuse_partial, xenium_counts
 from .sections import hint_sections, section_labels, split_sections
 from .validate import check
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import gears_nb
 from ..core.errors import GearsWarning, InputError
-from ..core.results import repo_root
+from ..core.machine import repo_root
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
 from .io import read_h5ad

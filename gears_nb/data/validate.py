@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MAX_VALUE', 'PLANES', 'SENTINELS', 'MISSING', 'PLACEHOLDER', 'FAR', 'EMPTY', 'MIN_MINISET', 'MAX_UNUSABLE',
            'check_names', 'check_values', 'fractional_share', 'check_counts', 'Positions', 'positions', 'coordinates',
-           'check_spatial', 'rescaled', 'Report', 'check', 'validate_slide', 'validate_cells']
+           'check_spatial', 'Report', 'check', 'validate_slide', 'validate_cells']
 
 # %% ../../nbs/data/02_validate.ipynb #5b5f81ea
 def _some(names: Sequence, limit: int = 5) -> str:
@@ -405,18 +405,6 @@ def check_spatial(adata: AnnData, source: str, *, min_spots: int = 3, plane: str
     `min_spots`: spots each section needs; `plane`: two of three columns; `slide_key`: as in `section_labels`.
     """
     return _located(adata, source, min_spots, plane, slide_key)[1]
-
-# %% ../../nbs/data/02_validate.ipynb #2e323471
-def rescaled(xy: np.ndarray) -> np.ndarray:
-    """Finite positions (n, d) as float64 with the first row at zero and the largest entry between 1/2 and 1 (0 if all coincide).
-
-    The shape stays: the only changes are a shift and a power of two, so any offset and unit that float64 holds will do.
-    """
-    xy = np.asarray(xy, dtype=np.float64)
-    for shift in (False, True):
-        xy = xy - xy[:1] if shift else xy
-        xy = np.ldexp(xy, -np.frexp(np.abs(xy).max(initial=0.0))[1])
-    return xy
 
 # %% ../../nbs/data/02_validate.ipynb #d80e7af4
 @dataclass(frozen=True)

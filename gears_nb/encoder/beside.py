@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.results import figures_root
+from ..lab.results import figures_root
 
 # %% auto #0
 __all__ = ['Figures', 'committed', 'Known', 'Beside', 'beside', 'beside_text']

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError, option
+from ..core.machine import plain
 from ..core.progress import progress_bar
-from ..core.results import plain
 from ..core.seeding import np_rng
 from ..data.genes import GeneMatch, match_genes
 from ..data.neighbours import compressed

@@ -19,8 +19,17 @@ from ..core.store import code_digest, content_digest
 from ..data.preprocess import Preprocessor
 from ..data.registry import cache_root
 from .presets import Preset, fit_preset, preset_config
-from .probes import (covariance_spectrum, dim_std, load_slides, neighbour_distance, norm_ratio, overlap, principal_angles, rms_norms,
-                                     slide_accuracy)
+from gears_nb.encoder.probes import (
+    covariance_spectrum,
+    dim_std,
+    load_slides,
+    neighbour_distance,
+    norm_ratio,
+    overlap,
+    principal_angles,
+    rms_norms,
+    slide_accuracy,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import EncoderConfig
-from ..core.seeding import randn, rand, stream_seed
+from ..core.seeding import rand, randn, stream_seed
 from ..core.training import History, train
 from ..data.neighbours import average_neighbours
 from .losses import far_pairs, spatial_infonce, vicreg

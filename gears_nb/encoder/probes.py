@@ -17,7 +17,8 @@ from ..core.errors import InputError
 from ..data.genes import match_genes
 from ..data.neighbours import neighbour_recall
 from ..data.preprocess import Preprocessor, row_totals
-from ..data.validate import coordinates, rescaled
+from ..data.validate import coordinates
+from ..geometry.gauge import rescaled
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Section
-from ..core.gauge import gauge_fix
 from ..core.seeding import randn
 from ..core.training import Turn
+from ..geometry.gauge import gauge_fix
 from ..models.batches import Batch, Run
 from ..models.contract import Geometry, GeometryModel, Stage, length
 from ..targets.builder import GeoTargets

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.config import StructureConfig, TargetConfig
-from ..core.gauge import gauge_fix
 from ..data.minisets import miniset_indices
-from ..data.validate import rescaled
+from ..geometry.gauge import gauge_fix, rescaled
 from ..targets.builder import GeoTargets, build_targets
 
 # %% auto #0

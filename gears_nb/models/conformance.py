@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import profile
-from ..core.gauge import rms
+from ..geometry.gauge import rms
 from .batches import Reference, Run
 from .contract import GeometryModel, Stage
 

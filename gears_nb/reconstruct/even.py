@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 
 # %% auto #0
 __all__ = ['GRID', 'SEA', 'sample', 'log_density', 'even_out']

@@ -28,9 +28,10 @@ from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_gene
 from ..data.preprocess import row_totals
 from ..data.registry import cache_root
 from ..data.sections import repeated_sections, section_labels, split_sections
-from ..data.validate import Report, rescaled, validate_cells, validate_slide
+from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
+from ..geometry.gauge import rescaled
 from ..models.batches import Run
 from ..models.catalogue import model_class
 from ..models.contract import GeometryModel

@@ -18,10 +18,10 @@ import torch
 
 from ..core.config import PatchConfig, SolveConfig
 from ..core.errors import GearsWarning, InputError
-from ..core.gauge import gauge_fix, rms
 from ..core.progress import progress as progress_bar
 from ..core.progress import working
 from ..core.seeding import torch_rng
+from ..geometry.gauge import gauge_fix, rms
 from .even import even_out
 from .patches import CellGraph, Patches, build_graph, sample_patches
 from .solve import Solution, canonical, huber_solve, landmark_isomap

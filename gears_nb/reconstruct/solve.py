@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.sparse.csgraph import dijkstra
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix, procrustes
+from ..geometry.gauge import gauge_fix, procrustes
 
 # %% auto #0
 __all__ = ['classical_mds', 'smacof', 'laterate', 'landmark_isomap', 'Solution', 'stress1', 'huber_solve', 'canonical']

@@ -292,7 +292,7 @@ def _list_models() -> int:
 def _list(args: argparse.Namespace) -> int:
     if args.what == "models":
         return _list_models()
-    from gears_nb.runs.runner import catalogue
+    from gears_nb.lab.runner import catalogue
     chapter = None
     for book in catalogue():
         if book.chapter != chapter:
@@ -317,7 +317,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 # %% ../../nbs/runs/05_cli.ipynb #81fdd88d
 def _run(args: argparse.Namespace) -> int:
-    from gears_nb.runs.runner import parse_assignments, run
+    from gears_nb.lab.runner import parse_assignments, run
     if args.name == "all":
         return _run_all(args.profile)
     print(run(args.name, args.profile, parse_assignments(args.param), log_output=args.live, progress=not args.live))
@@ -327,7 +327,7 @@ def _run(args: argparse.Namespace) -> int:
 def _run_all(profile: str | None) -> int:
     """Every notebook, one after the other; the failures are listed at the end. Returns 1 if there were any."""
     import time
-    from gears_nb.runs.runner import RunError, catalogue, run
+    from gears_nb.lab.runner import RunError, catalogue, run
     failed = []
     for book in catalogue():
         start = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.results import peak_rss_mb, plain, versions_info
+from ..core.machine import peak_rss_mb, plain, versions_info
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, option
 from ..core.page import page
-from ..core.results import versions_info
+from ..core.machine import versions_info
 from ..core.store import atomic_path, write_json
 from ..encoder.diagnose import SEVERITIES, Bars, Diagnosis, Finding
 from .files import check_exists, check_output, named_after

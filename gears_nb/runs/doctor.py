@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.results import repo_root
+from ..core.machine import repo_root
 
 # %% auto #0
 __all__ = ['CHECKS', 'Finding', 'pinned_versions', 'required_packages', 'check_python', 'check_packages', 'check_device',

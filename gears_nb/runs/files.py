@@ -420,7 +420,7 @@ def _story(result: AnnData, labels: Mapping[str, str]) -> dict[str, dict[str, An
 def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: Gears, genes: Sequence[str], seed: int) -> str:
     """The report of a reconstruction: with the truth beside and a score when the cells' file holds positions."""
     from gears_nb.benchmark.compare import risk_coverage, score_row
-    from gears_nb.core.results import versions_info
+    from gears_nb.core.machine import versions_info
     from gears_nb.runs.report import compared, render_report, tissue_view, why_unscored
 
     truth, scores, risk, views = _truth(result), {}, {}, []
@@ -479,8 +479,8 @@ def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0, pla
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
     if not 0 <= seed < 2**32:
         raise InputError("gears evaluate", "seed", f"is {seed}, outside [0, {2**32 - 1}]", "choose a value in that range")
-    from gears_nb.benchmark.metrics import score
-    from gears_nb.core.results import plain
+    from gears_nb.geometry.metrics import score
+    from gears_nb.core.machine import plain
 
     ours, true = _for_scoring(prediction), _for_scoring(truth)
     common = ours.obs_names.intersection(true.obs_names)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.results import repo_root
+from ..core.machine import repo_root
 from ..core.store import atomic_path
 
 # %% auto #0

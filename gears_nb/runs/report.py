@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.page import page, plotly_source
-from ..core.results import plain
+from ..core.machine import plain
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
 from ..core.style import COLOURS
@@ -73,7 +73,7 @@ def _aligned(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.n
     """The prediction aligned to the truth (rotation, reflection, scale, shift), and the truth in unit-RMS gauge, both (n, 2).
 
     Rows of `truth` may be NaN: they stay so and take no part in the alignment."""
-    from gears_nb.core.gauge import gauge_fix, procrustes
+    from gears_nb.geometry.gauge import gauge_fix, procrustes
     X, Y, known = np.asarray(predicted, dtype=np.float64), np.array(truth, dtype=np.float64), np.isfinite(truth).all(1)
     Y[known] = gauge_fix(Y[known])
     fit = procrustes(X[known], Y[known], scale=True)

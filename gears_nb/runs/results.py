@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.results import SCORE_KEYS, figures_root, is_stale, load_results
+from ..lab.results import SCORE_KEYS, figures_root, is_stale, load_results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,7 +39,7 @@ def _line(line: Mapping[str, Any], rank: float | None, best: Mapping[str, float]
 def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """Score rows as rich tables, one per task, best mean rank first."""
     from gears_nb.benchmark.compare import mean_rank, tidy
-    from gears_nb.benchmark.metrics import METRICS
+    from gears_nb.geometry.metrics import METRICS
     from rich.table import Table
     frame, ranks, tables = tidy(rows), mean_rank(rows), []
     for task, order in ranks.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.results import figures_root, load_results
+from ..lab.results import figures_root, load_results
 from ..core.store import write_json
 
 # %% auto #0
@@ -112,7 +112,7 @@ def front_layouts(task: str = "her2st_A", seed: int = 0, profile: str = "toy") -
     from gears_nb.benchmark.baselines import run_baselines
     from gears_nb.benchmark.compare import score_row
     from gears_nb.core.config import profile as settings
-    from gears_nb.core.results import plain
+    from gears_nb.core.machine import plain
     from gears_nb.data.registry import load_protocol
     from gears_nb.reconstruct.facade import Gears
     given = load_protocol(task, seed)
@@ -133,7 +133,7 @@ def draw_front(record: Mapping[str, Any]) -> Any:
     "A row of panels from what `front_layouts` returns: the truth, then each layout turned onto it, coloured by true position."
     import matplotlib.pyplot as plt
     import numpy as np
-    from gears_nb.core.gauge import procrustes
+    from gears_nb.geometry.gauge import procrustes
     from gears_nb.core.style import use_style
     use_style()
     truth = np.asarray(record["layouts"][0]["X"], dtype=float)

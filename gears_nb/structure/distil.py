@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
-from .gate import oracle_edges
+from ..geometry.gauge import gauge_fix
 from ..models.contract import GeometryModel
+from .gate import oracle_edges
 from gears_nb.targets.builder import (
-    GeoTargets, adaptive_k, log_random_walk, log_support, neighbour_ranks, pair_mask, squared_distances,
+    GeoTargets,
+    adaptive_k,
+    log_random_walk,
+    log_support,
+    neighbour_ranks,
+    pair_mask,
+    squared_distances,
 )
 from ..targets.energy import SOFT_LENGTH, kl_rows, masked_mean
 

@@ -22,23 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import GearsConfig, digest, override, profile as settings, to_dict
+from ..core.config import GearsConfig, digest, override, to_dict
+from ..core.config import profile as settings
 from ..core.errors import GearsWarning, InputError
+from ..core.machine import plain
 from ..core.progress import progress
-from ..core.results import plain
 from ..core.seeding import torch_rng
-from ..core.training import TrainingError
 from ..core.store import FORMAT, Store, code_digest, content_digest, write_json
+from ..core.training import TrainingError
 from ..data.genes import match_genes, take_genes
 from ..data.registry import SIMULATED, cache_root, load_protocol
 from ..data.validate import validate_slide
 from ..models.batches import Reference, Run
+from ..models.catalogue import model_class
+from ..models.contract import GeometryModel, geometry_loss
 from ..models.fit import fit_member
 from .gate import GateLogits, off_diagonal, oracle_edges
 from .gateformer import gate_metrics
 from .graphs import candidate_recall
-from ..models.catalogue import model_class
-from ..models.contract import GeometryModel, geometry_loss
 from .rungs import Rung, rung
 from ..targets.builder import GeoTargets, build_targets, pair_mask, squared_distances
 from ..targets.energy import energy, masked_mean

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 from ..models.trace import TERMS, AttentionTrace
 from .gate import GateLogits
 from .ipa import by_head

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import InputError
-from ..targets.energy import kl_rows, masked_mean
 from ..targets.builder import GeoTargets
+from ..targets.energy import kl_rows, masked_mean
 
 # %% auto #0
 __all__ = ['directed_neighbours', 'candidate_mask', 'oracle_edges', 'GateLogits', 'candidate_pairs', 'place_logits',

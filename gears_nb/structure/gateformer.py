@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gears_nb.structure.gate import (
-    EdgeGateSoft, GateLogits, candidate_pairs, gate_kl, gate_targets, log_gate_walk, off_diagonal, oracle_edges, place_logits,
+    EdgeGateSoft,
+    GateLogits,
+    candidate_pairs,
+    gate_kl,
+    gate_targets,
+    log_gate_walk,
+    off_diagonal,
+    oracle_edges,
+    place_logits,
 )
 from .graphs import candidate_recall
 from ..targets.builder import GeoTargets

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import InputError
-from .gate import candidate_mask, directed_neighbours, off_diagonal, oracle_edges
 from ..models.batches import Batch
+from .gate import candidate_mask, directed_neighbours, off_diagonal, oracle_edges
 from ..targets.builder import GeoTargets, pair_mask
 from ..targets.energy import kl_rows, masked_mean
 

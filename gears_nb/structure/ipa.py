@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.gauge import gauge_fix
 from ..core.seeding import rand, randn
-from .gate import GateLogits, candidate_pairs
+from ..geometry.gauge import gauge_fix
 from ..models.contract import GeometryModel
-from ..targets.energy import masked_mean
+from .gate import GateLogits, candidate_pairs
 from ..targets.builder import squared_distances
+from ..targets.energy import masked_mean
 
 # %% auto #0
 __all__ = ['GEOMETRY', 'coordinate_update', 'Maps', 'Content', 'Distance', 'Points', 'RadialBasis', 'by_head', 'neighbour_walk',

@@ -13,12 +13,12 @@ import numpy as np
 
 from ..core.config import GearsConfig
 from ..core.errors import InputError, option
-from ..core.results import plain, spread
+from ..core.machine import plain, spread
 from ..core.store import Store
 from ..encoder.diagnose import Bars, Diagnosis, Finding, Samples, prepare, sources_of
 from ..encoder.probes import norm_ratio, slide_accuracy
-from .experiments import HEALTH, Exam, base_config, folds, measure, run_variants
 from ..models.contract import GeometryModel
+from .experiments import HEALTH, Exam, base_config, folds, measure, run_variants
 
 if TYPE_CHECKING:
     import pandas as pd

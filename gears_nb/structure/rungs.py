@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from ..core.config import Section, StructureConfig, TargetConfig, from_dict, to_dict
 from ..core.errors import InputError
+from ..core.training import Loss
+from ..models.batches import Batch, Run, distance_batches, target_batches
+from ..models.contract import Geometry, GeometryModel, Stage, geometry_loss, length
+from ..models.trace import AttentionTrace
 from .gate import EdgeGateSoft, GateLogits, gate_kl
 from .gateformer import ContextualGate, HeadGate, rank_loss, trust_kl
 from .graphs import graph as graph_named
@@ -40,10 +44,6 @@ from gears_nb.structure.ipa import (
     rw_weight,
     trace_record,
 )
-from ..models.batches import Batch, Run, distance_batches, target_batches
-from ..core.training import Loss
-from ..models.contract import Geometry, GeometryModel, Stage, geometry_loss, length
-from ..models.trace import AttentionTrace
 from ..targets.builder import GeoTargets
 from ..targets.energy import energy, stress
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 
 # %% auto #0
 __all__ = ['TIE', 'adaptive_k', 'adaptive_steps', 'adaptive_landmarks', 'squared_distances', 'pair_mask', 'ordered_ties',

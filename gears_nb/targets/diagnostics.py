@@ -14,12 +14,19 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
 from ..data.minisets import miniset_indices
 from ..data.registry import SIMULATED, data_root, load_protocol, verify
+from ..geometry.gauge import gauge_fix
 from .builder import GeoTargets, adaptive_k, build_targets, squared_distances
 from gears_nb.targets.families import (
-    FAMILIES, DistributionTargets, FuzzyTargets, GramTargets, LinearTargets, TopologyTargets, TripletTargets, scaled_squares,
+    FAMILIES,
+    DistributionTargets,
+    FuzzyTargets,
+    GramTargets,
+    LinearTargets,
+    TopologyTargets,
+    TripletTargets,
+    scaled_squares,
 )
 
 # %% auto #0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 from .builder import GeoTargets, log_random_walk, log_support, walk_powers
 
 # %% auto #0

@@ -15,9 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix
+from ..geometry.gauge import gauge_fix
 from gears_nb.targets.builder import (
-    GeoTargets, adaptive_k, build_targets, hashed_uniform, neighbour_ranks, ring_edges, squared_distances,
+    GeoTargets,
+    adaptive_k,
+    build_targets,
+    hashed_uniform,
+    neighbour_ranks,
+    ring_edges,
+    squared_distances,
 )
 from .energy import energy, stress, walk_divergence
 

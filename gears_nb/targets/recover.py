@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.gauge import gauge_fix, procrustes
 from ..core.seeding import np_rng
+from ..geometry.gauge import gauge_fix, procrustes
 from .builder import GeoTargets
 
 # %% auto #0
