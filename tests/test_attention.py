@@ -12,7 +12,7 @@ from gears_nb.core.errors import InputError
 from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.catalogue import model_class
 from gears_nb.models.trace import AttentionTrace, values
-from gears_nb.structure.experiments import ExamSettings, set_exam
+from gears_nb.structure.experiments import EvaluationSettings, evaluation_set
 from gears_nb.structure.explain import record
 from gears_nb.structure.gate import oracle_edges
 from gears_nb.targets.builder import build_targets, squared_distances
@@ -130,14 +130,14 @@ def test_families_are_a_partition_of_the_stress_edges():
 def test_minisets_are_the_first_and_no_others():
     base = profile("smoke")
     source = (np.random.default_rng(0).normal(size=(150, 4)).astype(np.float32), cloud(0, 150).astype(np.float32))
-    exam = set_exam(source, ExamSettings.of(base, 8))
-    taken = list(rules.first_minisets(exam, 6))
+    evaluation = evaluation_set(source, EvaluationSettings.of(base, 8))
+    taken = list(rules.first_minisets(evaluation, 6))
     assert [i for numbers, *_ in taken for i in numbers] == list(range(6))
-    assert torch.equal(torch.cat([X for _, _, X, _ in taken]), torch.cat([X for _, X, _ in exam.batches])[:6])
+    assert torch.equal(torch.cat([X for _, _, X, _ in taken]), torch.cat([X for _, X, _ in evaluation.batches])[:6])
     assert all(len(t) == len(X) == len(H) for _, H, X, t in taken)
     for wrong in (0, 9):
         with pytest.raises(InputError, match="asked for"):
-            list(rules.first_minisets(exam, wrong))
+            list(rules.first_minisets(evaluation, wrong))
 
 
 def test_footnotes_carry_the_numbers_of_the_code():

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gears_nb.lab import digests
-from gears_nb.lab.results import Experiment, is_stale, load_results
+from gears_nb.lab.experiment import Experiment
+from gears_nb.lab.results import is_stale, load_results
 from gears_nb.lab.runner import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]

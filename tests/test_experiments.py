@@ -10,6 +10,7 @@ from gears_nb.core.seeding import torch_rng
 from gears_nb.core.store import Store
 from gears_nb.data.registry import available
 from gears_nb.geometry.gauge import gauge_fix
+from gears_nb.lab.rows import FailedRows
 from gears_nb.structure import experiments as lab
 from gears_nb.structure.gate import oracle_edges
 from gears_nb.targets.builder import build_targets
@@ -37,7 +38,7 @@ def test_table_is_tidy(table):
     for column in ("h_gate", "t_edge", "gate_off", "guess", "recall20", "precision30", "recall30", "attention30", "logit_std", "aspect", "nearest", "spread"):
         assert np.isfinite(table[column]).all(), column
     assert (table.guess < table.chance).all()
-    assert table[table.seed == 0].groupby("variant").chance.first().nunique() == 1, "all variants must sit the same exam"
+    assert table[table.seed == 0].groupby("variant").chance.first().nunique() == 1, "all variants must sit the same evaluation"
 
 
 def test_second_call_reads(table, store):
@@ -55,14 +56,15 @@ def test_resumes_after_a_kill(table, store):
     again = lab.run_variants("test", {"base": {}, "short": {"structure.recycles": 1}}, seeds=[0, 1], store=store, **TINY)
     after = rows_of(store)
     assert set(after) == set(before) and [p for p in after if after[p] != before[p]] == [lost], "more than the lost row was computed"
-    clocks = ["seconds", "exam_seconds"]
+    clocks = ["seconds", "evaluation_seconds"]
     assert again.drop(columns=clocks).equals(table.drop(columns=clocks))
-    assert {k: v for k, v in json.loads(lost.read_text()).items() if k not in clocks} == {k: v for k, v in was.items() if k not in clocks}
+    bare = lambda row: {k: v for k, v in row["result"].items() if k not in clocks}
+    assert bare(json.loads(lost.read_text())) == bare(was)
 
 
 def test_workers_do_not_change_results(table, tmp_path):
     parallel = lab.run_variants("test", {"short": {"structure.recycles": 1}}, seeds=[0, 1], store=Store(tmp_path), **{**TINY, "jobs": 2})
-    clocks = ["seconds", "exam_seconds"]
+    clocks = ["seconds", "evaluation_seconds"]
     assert parallel.drop(columns=clocks).equals(table[table.variant == "short"].reset_index(drop=True).drop(columns=clocks))
 
 
@@ -76,7 +78,7 @@ def test_a_failed_row_is_named_and_loses_no_other(store, monkeypatch):
 
     monkeypatch.setattr(lab, "train_variant", fails)
     asked = {"base": {}, "bad": {"structure.recycles": 3}}
-    with pytest.raises(lab.FailedRows, match="variant bad, data tiny, fold test 3, seed 1.*boom") as caught:
+    with pytest.raises(FailedRows, match="variant bad, data tiny, fold test 3, seed 1.*boom") as caught:
         lab.run_variants("test", asked, seeds=[0, 1], store=store, **TINY)
     assert len(caught.value.failures) == 1 and len(caught.value.table) == 3
     with pytest.warns(GearsWarning, match="boom"):
@@ -140,8 +142,8 @@ def test_her2st_has_three_folds():
 
 def test_exam_does_not_depend_on_the_variant():
     source = np.zeros((200, 4), np.float32), np.random.default_rng(0).random((200, 2)).astype(np.float32)
-    s = lab.ExamSettings(miniset=40, batch=4, global_fraction=(1.0, 0.5), k=None, rw_steps=None, count=10)
-    one, two = lab.set_exam(source, s), lab.set_exam(source, s)
+    s = lab.EvaluationSettings(miniset=40, batch=4, global_fraction=(1.0, 0.5), k=None, rw_steps=None, count=10)
+    one, two = lab.evaluation_set(source, s), lab.evaluation_set(source, s)
     assert len(one) == 10 and all(torch.equal(a[1], b[1]) for a, b in zip(one.batches, two.batches))
 
 

@@ -99,7 +99,7 @@ def test_trained_models_can_be_judged():
     config = lab.base_config("smoke")
     source = np.random.default_rng(0).normal(size=(90, 8)).astype(np.float32), np.random.default_rng(1).random((90, 2)).astype(np.float32)
     models = [Ladder(8, config.structure) for _ in range(2)]
-    rows = rows_of(models, lab.set_exam(source, lab.ExamSettings.of(config)))
+    rows = rows_of(models, lab.evaluation_set(source, lab.EvaluationSettings.of(config)))
     assert len(rows) == 2 and judge(rows)[0].verdict == "NO GO"
 
 

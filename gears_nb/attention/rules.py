@@ -19,7 +19,7 @@ from ..models.trace import AttentionTrace, by_row
 from ..targets.builder import GeoTargets, directed_edges, neighbour_ranks, squared_distances
 
 if TYPE_CHECKING:
-    from gears_nb.structure.experiments import Exam
+    from gears_nb.structure.experiments import EvaluationSet
 
 # %% auto #0
 __all__ = ['MINISETS', 'SHOWN', 'NEIGHBOURS', 'CROWD', 'TIE', 'RULES', 'FAMILIES', 'footnote', 'first_minisets',
@@ -34,7 +34,7 @@ CROWD = 10        # local density is told by the distance to this many other cel
 TIE = 1e-5        # differences below this (radii of the layout, nats) are ties
 
 RULES: dict[str, str] = {
-    "minisets": "Minisets: the first ones of the exam, in the order in which they were drawn, by a seed that depends on nothing that was trained.",
+    "minisets": "Minisets: the first ones of the evaluation, in the order in which they were drawn, by a seed that depends on nothing that was trained.",
     "queries": f"Query cells: nearest to the centroids of the four quadrants (principal axes of the true places); smallest and largest distance to the {CROWD}th nearest cell; "
                "median entropy of the gate; highest entropy of the true walk.",
     "median": "Query cell: the one whose gate has the median entropy.",
@@ -53,14 +53,14 @@ def footnote(*names: str, width: int = 150) -> str:
     return textwrap.fill(" ".join(RULES[name] for name in names), width)
 
 # %% ../../nbs/attention/02_rules.ipynb #ff9b3eca
-def first_minisets(exam: Exam, count: int = MINISETS) -> Iterator[tuple[range, Tensor, Tensor, GeoTargets]]:
-    """The first `count` minisets of `exam`, by batch: their numbers, H `(B, n, d)`, true places `(B, n, 2)`, targets.
+def first_minisets(evaluation: EvaluationSet, count: int = MINISETS) -> Iterator[tuple[range, Tensor, Tensor, GeoTargets]]:
+    """The first `count` minisets of `evaluation`, by batch: their numbers, H `(B, n, d)`, true places `(B, n, 2)`, targets.
 
-    Raises `InputError` if the exam is shorter: an average over fewer than asked for must not pass unnoticed."""
-    if not 0 < count <= len(exam):
-        raise InputError("exam", "minisets", f"{count} asked for, {len(exam)} there", "set a longer exam (`ExamSettings.of(base, count)`)")
+    Raises `InputError` if the evaluation is shorter: an average over fewer than asked for must not pass unnoticed."""
+    if not 0 < count <= len(evaluation):
+        raise InputError("evaluation", "minisets", f"{count} asked for, {len(evaluation)} there", "set a longer evaluation (`EvaluationSettings.of(base, count)`)")
     start = 0
-    for H, X, targets in exam.batches:
+    for H, X, targets in evaluation.batches:
         size = min(len(H), count - start)
         if size <= 0:
             return

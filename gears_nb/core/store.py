@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 # %% auto #0
-__all__ = ['FORMAT', 'atomic_path', 'content_digest', 'code_digest', 'write_json', 'Store']
+__all__ = ['FORMAT', 'atomic_path', 'content_digest', 'write_json', 'Store']
 
 # %% ../../nbs/core/05_store.ipynb #d3147894
 def _sweep(folder: Path, name: str) -> None:
@@ -143,15 +143,6 @@ def content_digest(*objs: Any) -> str:
     """
     h = hashlib.blake2b(digest_size=16)
     _feed_any(h, list(objs))
-    return h.hexdigest()
-
-# %% ../../nbs/core/05_store.ipynb #c0dedig1
-def code_digest(parts: tuple[str, ...]) -> str:
-    "Digest of the modules of chapters (`core`) and of single modules (`attention/trace`) of this package, comments and blank lines aside."
-    root, h = Path(__file__).resolve().parents[1], hashlib.blake2b(digest_size=16)
-    for path in sorted(p for part in parts for p in ((root / part).glob("*.py") if (root / part).is_dir() else [root / f"{part}.py"])):
-        lines = (line.rstrip() for line in path.read_text(encoding="utf-8").splitlines())
-        h.update("\n".join([path.name, *(x for x in lines if x and not x.lstrip().startswith("#"))]).encode())
     return h.hexdigest()
 
 # %% ../../nbs/core/05_store.ipynb #37b4c8d2

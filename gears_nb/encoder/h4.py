@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.store import code_digest, content_digest
+from ..core.store import content_digest
 from ..data.preprocess import Preprocessor
 from ..data.registry import cache_root
 from .presets import Preset, fit_preset, preset_config
@@ -30,6 +30,7 @@ from gears_nb.encoder.probes import (
     rms_norms,
     slide_accuracy,
 )
+from ..lab.digests import code_digest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -97,7 +98,7 @@ def fit_settings(slides: Sequence[AnnData], steps: int | None = None, **settings
 def stored_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, root: Path | None = None, **settings: Any) -> Preset:
     "`fit_preset(name, slides, ...)`, kept under `root` (default: the cache); `settings` as in `fit_settings`. Trained once, then read."
     settings = fit_settings(slides, **settings)
-    key = content_digest(name, list(slides), preset_config(name, **settings), seed, code_digest(("core", "data", "encoder")))
+    key = content_digest(name, list(slides), preset_config(name, **settings), seed, code_digest("encoder/presets"))
     folder = (root or cache_root() / "presets") / key
     if not (folder / "preset.json").is_file():
         fit_preset(name, slides, seed=seed, **settings).save(folder)

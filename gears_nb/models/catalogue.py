@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import FunctionType
 
 from ..core.errors import InputError
+from ..core.store import content_digest
+from ..lab.digests import code_digest, reachable
 from .contract import GeometryModel
 
 # %% auto #0
-__all__ = ['BUILT_IN', 'MODELS', 'add_model', 'addresses', 'model_class']
+__all__ = ['BUILT_IN', 'MODELS', 'add_model', 'addresses', 'model_class', 'model_code']
 
 # %% ../../nbs/models/03_catalogue.ipynb #dc16fe5f
 _RUNGS = ("plain", "v1", "v2", "d2", "d7", "egnn", "topo")
@@ -81,3 +84,11 @@ class _Models(Mapping[str, type[GeometryModel]]):
 
 
 MODELS: Mapping[str, type[GeometryModel]] = _Models()
+
+# %% ../../nbs/models/03_catalogue.ipynb #c0de0002
+def model_code(name: str) -> str:
+    "Digest of the code behind the model called `name`, for the keys of caches."
+    cls = model_class(name)
+    if cls.__module__.startswith("gears_nb."):
+        return code_digest("/".join(cls.__module__.split(".")[1:3]))
+    return content_digest({k: reachable(part) for k, part in sorted(vars(cls).items()) if isinstance(part, FunctionType)})

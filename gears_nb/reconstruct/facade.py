@@ -22,7 +22,7 @@ from ..core.config import GearsConfig, expand_key, from_dict, override, profile,
 from ..core.errors import GearsWarning, InputError, option
 from ..core.locks import alone, shared_folder, sweep
 from ..core.progress import working
-from ..core.store import Store, code_digest, content_digest
+from ..core.store import Store, content_digest
 from ..core.training import check_device
 from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_genes
 from ..data.preprocess import row_totals
@@ -32,8 +32,9 @@ from ..data.validate import Report, validate_cells, validate_slide
 from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
 from ..geometry.gauge import rescaled
+from ..lab.digests import code_digest
 from ..models.batches import Run
-from ..models.catalogue import model_class
+from ..models.catalogue import model_class, model_code
 from ..models.contract import GeometryModel
 from ..models.fit import fit_ensemble
 from .depth import Evidence, measure_evidence
@@ -167,7 +168,6 @@ def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> F
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #092ab511
 _KEPT: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
-_CODE = ("core", "data", "encoder", "targets", "structure", "reconstruct")
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def keep_training() -> Iterator[None]:
 
 def find_or_train(reference: Reference, config: GearsConfig) -> Fitted:
     "What `train_all` gives, found in the cache if another run made it or an earlier one was interrupted after training."
-    name = content_digest(training_digest(config), code_digest(_CODE), *reference.match.genes, *reference.slides)[:16]
+    name = content_digest(training_digest(config), code_digest("reconstruct/facade"), model_code(config.structure.model), *reference.match.genes, *reference.slides)[:16]
     root, show = cache_root() / "fits", config.structure.train.progress
     sweep(root)
     with ExitStack() as own:

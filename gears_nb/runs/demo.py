@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
+from ..lab.digests import code_digest
+from ..models.catalogue import model_code
 from ..core.machine import peak_rss_mb, plain, versions_info
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
-__all__ = ['demo_task', 'open_folder', 'place_query', 'baseline_rows', 'score_query', 'demo_config', 'code_digest', 'run_demo',
+__all__ = ['demo_task', 'open_folder', 'place_query', 'baseline_rows', 'score_query', 'demo_config', 'run_demo',
            'write_demo_report']
 
 # %% ../../nbs/runs/06_demo.ipynb #5bb4c604
@@ -110,14 +112,6 @@ def demo_config(profile: str, seed: int, progress: bool = True) -> GearsConfig:
     return make_config(profile, seed, progress=progress)
 
 
-def code_digest() -> str:
-    """Digest of the package's source files: results of another version of the code are not continued."""
-    import gears_nb
-    from gears_nb.core.store import content_digest
-    files = sorted(Path(gears_nb.__file__).parent.rglob("*.py"))
-    return content_digest([f.read_bytes() for f in files])
-
-
 def run_demo(out: str | Path = "demo", *, profile: str = "toy", seed: int = 0, progress: bool = True) -> dict[str, Any]:
     """Simulate, learn, place, compare, show. Writes `ST3.h5ad`, `SC.h5ad`, `scores.json`, `report.html` and `model/` into
     the folder `out`; called again, it continues where it stopped. Returns `{"rows", "report", "seconds", "digest"}`."""
@@ -126,7 +120,7 @@ def run_demo(out: str | Path = "demo", *, profile: str = "toy", seed: int = 0, p
     from gears_nb.runs.files import obtain_model
     start, config = time.perf_counter(), demo_config(profile, seed, progress)
     reference, queries, truth = demo_task(profile, seed)
-    out = open_folder(out, {"settings": digest(config), "data": content_digest(*reference, *queries.values()), "code": code_digest()})
+    out = open_folder(out, {"settings": digest(config), "data": content_digest(*reference, *queries.values()), "code": code_digest("runs/demo") + model_code(config.structure.model)})
     _tell(f"reference: {' + '.join(f'{r.n_obs} spots' for r in reference)}; to place: " + ", ".join(f"{n} ({q.n_obs})" for n, q in queries.items()))
     model = obtain_model(config, reference, queries["SC"], out / "model")
     if not Store(out / "model").has("gears"):

@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import time
-import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +19,16 @@ from torch import Tensor
 
 from ..core.config import GearsConfig, digest, override, to_dict
 from ..core.config import profile as settings
-from ..core.errors import GearsWarning, InputError
-from ..core.machine import plain
-from ..core.progress import progress
+from ..core.errors import InputError
 from ..core.seeding import torch_rng
-from ..core.store import FORMAT, Store, code_digest, content_digest, write_json
+from ..core.store import FORMAT, Store, content_digest
 from ..core.training import TrainingError
 from ..data.genes import match_genes, take_genes
 from ..data.registry import SIMULATED, cache_root, load_protocol
 from ..data.validate import validate_slide
+from ..lab.digests import closure, code_digest
+from ..lab.experiment import Experiment
+from ..lab.rows import Row, compute_rows
 from ..models.batches import Reference, Run
 from ..models.catalogue import model_class
 from ..models.contract import GeometryModel, geometry_loss
@@ -49,11 +45,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['Source', 'EDGES', 'MINISETS', 'HEALTH', 'GATE', 'LADDER', 'CHEAP', 'CARE', 'Fold', 'split', 'embed_slides',
-           'workshop', 'folds', 'Variant', 'variant', 'ExamSettings', 'Exam', 'set_exam', 'averaged', 'anchors', 'best',
-           'found', 'health', 'healthy', 'measure_gate', 'measure_attention', 'measure_batch', 'measure',
-           'train_variant', 'trained', 'fixed_edges_loss', 'Job', 'train_and_measure', 'compute_row', 'FailedRows',
-           'base_config', 'plan', 'run_variants', 'compare', 'cost_of_a_row']
+__all__ = ['Source', 'EDGES', 'MINISETS', 'HEALTH', 'GATE', 'LADDER', 'CHEAP', 'Fold', 'split', 'embed_slides', 'fold_store',
+           'folds', 'Variant', 'variant', 'EvaluationSettings', 'EvaluationSet', 'evaluation_set', 'averaged',
+           'anchors', 'best', 'found', 'health', 'healthy', 'measure_gate', 'measure_attention', 'measure_batch',
+           'measure', 'train_variant', 'trained', 'fixed_edges_loss', 'variant_row', 'train_and_measure', 'row_code',
+           'base_config', 'plan', 'run_variants', 'cost_of_a_row']
 
 # %% ../../nbs/structure/09_experiments.ipynb #e9d731cf
 Source = tuple[np.ndarray, np.ndarray]
@@ -120,14 +116,14 @@ def embed_slides(train: Sequence[AnnData], test: AnnData, config: GearsConfig) -
     return [(np.asarray(embedding.embed(t), np.float32), np.asarray(t.obsm["spatial"], np.float64)[:, :2]) for t in tables]
 
 # %% ../../nbs/structure/09_experiments.ipynb #662b8308
-def workshop() -> Store:
+def fold_store() -> Store:
     "Where folds and rows of this chapter are kept."
     return Store(cache_root() / "structure")
 
 
 def _fold_key(data: str | Sequence[AnnData], seed: int, config: GearsConfig) -> str:
     what = data if isinstance(data, str) else [content_digest(s) for s in data]
-    counts, code = (config.counts, config.min_genes, config.n_hvg), code_digest(("core", "data", "encoder"))
+    counts, code = (config.counts, config.min_genes, config.n_hvg), code_digest("encoder/embedding", "data/registry")
     return "folds/" + content_digest(what, seed, digest(config.encoder), config.structure.miniset, counts, code)[:20]
 
 
@@ -136,7 +132,7 @@ def folds(data: str | Sequence[AnnData], seed: int = 0, config: GearsConfig | No
 
     `seed`: of simulation and embedding. Raises `InputError` for unknown names, absent data or unusable slides.
     """
-    store = store or workshop()
+    store = store or fold_store()
     config = dataclasses.replace(config or settings("smoke" if str(data).partition(":")[0] == "tiny" else "toy"), seed=seed)
     key, name = _fold_key(data, seed, config), data if isinstance(data, str) else f"{len(data)} slides"
     if not store.has(f"{key}/0"):
@@ -159,9 +155,9 @@ class Variant:
     rung: Rung
     edges: str = "gated"
 
-    def key(self, seed: int, fold: Fold, exam: str, code: str) -> str:
+    def key(self, seed: int, fold: Fold, evaluation: str, code: str) -> str:
         "Everything a row depends on, in 20 digits; settings of other chapters and the profile's name do not count."
-        parts = [to_dict(self.config.structure), to_dict(self.config.targets), self.rung, self.edges, seed, fold.digest, exam, code]
+        parts = [to_dict(self.config.structure), to_dict(self.config.targets), self.rung, self.edges, seed, fold.digest, evaluation, code]
         parts[0]["train"].pop("progress"), parts[0].pop("members")
         return content_digest(*parts)[:20]
 
@@ -177,12 +173,12 @@ def variant(diff: Mapping[str, Any], base: GearsConfig) -> Variant:
 
 # %% ../../nbs/structure/09_experiments.ipynb #13a6cc0b
 MINISETS = {"smoke": 6, "toy": 160, "paper": 320}
-"Minisets per exam, by profile."
+"Minisets per evaluation, by profile."
 
 
 @dataclass(frozen=True)
-class ExamSettings:
-    "What decides an exam besides the test slide."
+class EvaluationSettings:
+    "What decides an evaluation besides the test slide."
 
     miniset: int
     batch: int
@@ -193,14 +189,14 @@ class ExamSettings:
     seed: int = 0
 
     @classmethod
-    def of(cls, base: GearsConfig, count: int | None = None) -> ExamSettings:
-        "The exam of a base; `count` minisets (None: by its profile)."
+    def of(cls, base: GearsConfig, count: int | None = None) -> EvaluationSettings:
+        "The evaluation of a base; `count` minisets (None: by its profile)."
         c, t = base.structure, base.targets
         return cls(c.miniset, c.batch, c.global_fraction, t.k, t.rw_steps, count or MINISETS[base.profile])
 
 
 @dataclass(frozen=True, eq=False)
-class Exam:
+class EvaluationSet:
     "Batches of embeddings `(B, n, d)`, true coordinates `(B, n, 2)` and targets; `anchors`: columns that no model can change."
 
     batches: tuple[tuple[Tensor, Tensor, GeoTargets], ...]
@@ -210,7 +206,7 @@ class Exam:
         return sum(len(H) for H, _, _ in self.batches)
 
 
-def set_exam(source: Source, s: ExamSettings) -> Exam:
+def evaluation_set(source: Source, s: EvaluationSettings) -> EvaluationSet:
     "Minisets of `source`, near and far ones by turns, with their targets."
     slide, rng = Reference(*source), torch_rng(s.seed, "experiments", "exam")
     batches = []
@@ -218,7 +214,7 @@ def set_exam(source: Source, s: ExamSettings) -> Exam:
         index = slide.draw(s.miniset, min(s.batch, s.count - start), s.global_fraction[turn % len(s.global_fraction)], rng)
         X = slide.coords[index]
         batches.append((slide.H[index], X, build_targets(X, k=s.k, rw_steps=s.rw_steps, rng=rng)))
-    return Exam(tuple(batches), anchors(batches, torch_rng(s.seed, "experiments", "chance")))
+    return EvaluationSet(tuple(batches), anchors(batches, torch_rng(s.seed, "experiments", "chance")))
 
 # %% ../../nbs/structure/09_experiments.ipynb #2abc26bc
 def averaged(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -300,10 +296,10 @@ def measure_batch(model: GeometryModel, H: Tensor, X: Tensor, targets: GeoTarget
 
 
 @torch.no_grad()
-def measure(model: GeometryModel, exam: Exam, edges: str = "gated") -> dict[str, float]:
-    "Means over all minisets of `exam`; `minisets` is their number."
-    rows = [measure_batch(model.eval(), *batch, edges) for batch in exam.batches]
-    return averaged(rows) | exam.anchors | {"minisets": len(exam)}
+def measure(model: GeometryModel, evaluation: EvaluationSet, edges: str = "gated") -> dict[str, float]:
+    "Means over all minisets of `evaluation`; `minisets` is their number."
+    rows = [measure_batch(model.eval(), *batch, edges) for batch in evaluation.batches]
+    return averaged(rows) | evaluation.anchors | {"minisets": len(evaluation)}
 
 # %% ../../nbs/structure/09_experiments.ipynb #7e355518
 def train_variant(v: Variant, fold: Fold, seed: int) -> GeometryModel:
@@ -319,7 +315,7 @@ def train_variant(v: Variant, fold: Fold, seed: int) -> GeometryModel:
 
 def trained(v: Variant, fold: Fold, seed: int, store: Store | None = None) -> tuple[GeometryModel, float]:
     "The model of a row in evaluation mode, kept under everything it depends on, and the CPU seconds of its training."
-    store, key = store or workshop(), f"models/{v.key(seed, fold, '', code_digest(('models', 'structure', 'targets')))}"
+    store, key = store or fold_store(), f"models/{v.key(seed, fold, '', row_code())}"
     if not store.has(key):
         start = time.process_time()
         state = train_variant(v, fold, seed).state_dict()
@@ -337,41 +333,19 @@ def fixed_edges_loss(model: GeometryModel, batch: tuple[Tensor, GeoTargets], epo
     return model.losses(H, targets, targets.mask, rng, epoch, edges=given, oracle=True)
 
 # %% ../../nbs/structure/09_experiments.ipynb #d6f0b71e
-@dataclass(frozen=True)
-class Job:
-    "All that a worker needs for one row; `fold` is the key under which the fold is kept."
-
-    labels: Mapping[str, Any]  # variant, data, fold, seed
-    variant: Variant
-    fold: str
-    exam: ExamSettings
-    path: Path
-    root: Path
-
-    @property
-    def where(self) -> str:
-        return ", ".join(f"{k} {v}" for k, v in self.labels.items())
-
-
 @functools.lru_cache(maxsize=1)
-def _desk(root: Path, fold: str, exam: ExamSettings) -> tuple[Fold, Exam]:
-    "Fold and exam, kept in the process: rows of one fold follow each other."
+def _prepared(root: Path, fold: str, evaluation: EvaluationSettings) -> tuple[Fold, EvaluationSet]:
+    "Fold and evaluation set, kept in the process: rows of one fold follow each other."
     loaded = Fold.load(Store(root), fold)
-    return loaded, set_exam(loaded.test, exam)
+    return loaded, evaluation_set(loaded.test, evaluation)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    "The matrices are small: a second thread mostly waits, and sums in another order."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def variant_row(v: Variant, seed: int, fold: str, evaluation: EvaluationSettings, root: Path) -> dict[str, float]:
+    "The row of a variant on the fold that is kept under `fold` in the store at `root`; worker processes call it."
+    return train_and_measure(v, *_prepared(root, fold, evaluation), seed)
 
 # %% ../../nbs/structure/09_experiments.ipynb #3f534bcb
-def train_and_measure(v: Variant, fold: Fold, exam: Exam, seed: int) -> dict[str, float]:
+def train_and_measure(v: Variant, fold: Fold, evaluation: EvaluationSet, seed: int) -> dict[str, float]:
     "All columns of a row; those of `measure` are missing where training diverged."
     start = time.process_time()
     try:
@@ -379,54 +353,14 @@ def train_and_measure(v: Variant, fold: Fold, exam: Exam, seed: int) -> dict[str
     except TrainingError:
         return {"diverged": 1.0, "seconds": time.process_time() - start}
     trained = time.process_time()
-    row = measure(model, exam, v.edges) | {"diverged": 0.0, "parameters": sum(p.numel() for p in model.parameters())}
-    return row | {"seconds": trained - start, "exam_seconds": time.process_time() - trained}
-
-
-def compute_row(job: Job) -> str | None:
-    "Compute and write one row; what went wrong, or None. Runs in worker processes."
-    try:
-        with _one_thread(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", GearsWarning)
-            fold, exam = _desk(job.root, job.fold, job.exam)
-            row = train_and_measure(job.variant, fold, exam, job.labels["seed"])
-        write_json(job.path, plain(row))
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{job.where}: {type(error).__name__} in {last.name}: {' '.join(str(error).split())}"
-    return None
+    row = measure(model, evaluation, v.edges) | {"diverged": 0.0, "parameters": sum(p.numel() for p in model.parameters())}
+    return row | {"seconds": trained - start, "evaluation_seconds": time.process_time() - trained}
 
 # %% ../../nbs/structure/09_experiments.ipynb #3569b4cf
-class FailedRows(RuntimeError):
-    "Some rows failed; `table` holds the others, which are cached as well."
-
-    def __init__(self, failures: Sequence[str], table: pd.DataFrame):
-        super().__init__(f"{len(failures)} of {len(failures) + len(table)} rows failed: " + "; ".join(failures))
-        self.failures, self.table = tuple(failures), table
-
-
-def _finish(jobs: Sequence[Job], workers: int, title: str, show: bool) -> list[str]:
-    "Compute the rows that are missing; the failures."
-    todo = list({job.path: job for job in jobs if not job.path.is_file()}.values())
-    workers = min(workers, len(todo))
-    if workers <= 1:
-        return [f for f in (compute_row(job) for job in progress(todo, desc=title, enabled=show and bool(todo))) if f]
-    from joblib import Parallel, delayed, parallel_config
-
-    from gears_nb.structure.experiments import compute_row as work  # by name: a worker imports it
-
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(work)(job) for job in todo)
-        return [f for f in progress(done, total=len(todo), desc=title, enabled=show) if f]
-
-
-def _table(jobs: Sequence[Job]) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = [dict(job.labels) | json.loads(job.path.read_text()) for job in jobs if job.path.is_file()]
-    table = pd.DataFrame(rows, columns=None if rows else list(jobs[0].labels))
-    numbers = [c for c in table.columns if c not in jobs[0].labels]
-    return table.astype({c: float for c in numbers})
+def row_code() -> str:
+    "Digest of the code that trains and measures a row. What embeds the fold is not in it: a row depends on the numbers of the fold."
+    modules = ("models/fit", "structure/gateformer", "structure/graphs", "structure/rungs", "targets/energy")
+    return content_digest(code_digest(*modules), closure(["structure/experiments"])["structure/experiments"])
 
 # %% ../../nbs/structure/09_experiments.ipynb #a3412757
 LADDER: dict[str, Any] = {"structure.miniset": 128, "structure.k_cand": 54, "structure.minisets_per_epoch": 128, "structure.guess_epochs": 12,
@@ -441,9 +375,9 @@ def base_config(profile: str = "toy", base: str = "d7", diff: Mapping[str, Any] 
     return settings(profile, **(CHEAP.get(profile, {}) | {"structure.model": base, "structure.train.progress": False} | dict(diff or {})))
 
 # %% ../../nbs/structure/09_experiments.ipynb #0262320c
-def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: Sequence[int], base: GearsConfig, count: int | None, fold_seed: int, store: Store) -> list[Job]:
+def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: Sequence[int], base: GearsConfig, count: int | None, fold_seed: int, store: Store) -> list[Row]:
     "All rows that are asked for, fold by fold; folds are built as needed."
-    code, exam, jobs = code_digest(("models", "structure", "targets")), ExamSettings.of(base, count), []
+    code, evaluation, rows = row_code(), EvaluationSettings.of(base, count), []
     ready = {name: variant(diff, base) for name, diff in variants.items()}
     for source in data:
         given = [source] if isinstance(source, Fold) else None
@@ -454,54 +388,33 @@ def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: 
                 key = f"kept/{FORMAT}/{fold.digest[:20]}"
                 if not store.has(key):
                     fold.save(store, key)
-                for seed in seeds:
-                    path = store.root / "rows" / f"{v.key(seed, fold, content_digest(exam), code)}.json"
-                    jobs.append(Job({"variant": name, "data": fold.data, "fold": fold.name, "seed": int(seed), "edges": v.edges}, v, key, exam, path, store.root))
-    return jobs
+                rows += [Row({"variant": name, "data": fold.data, "fold": fold.name, "seed": int(seed), "edges": v.edges},
+                             functools.partial(variant_row, v, int(seed), key, evaluation, store.root),
+                             shared=v.key(seed, fold, content_digest(evaluation), code)) for seed in seeds]
+    return rows
 
 
-def run_variants(chapter_key: str, variants: Mapping[str, Mapping[str, Any]], *, data: str | Fold | Sequence[Any], seeds: Sequence[int], profile: str = "toy",
+def run_variants(experiment: str | Experiment, variants: Mapping[str, Mapping[str, Any]], *, data: str | Fold | Sequence[Any], seeds: Sequence[int], profile: str = "toy",
                  base: str | GearsConfig = "d7", diff: Mapping[str, Any] | None = None, minisets: int | None = None, fold_seed: int = 0,
                  jobs: int | None = None, strict: bool = True, show: bool | None = None, store: Store | None = None) -> pd.DataFrame:
     """One row per variant, fold and seed: the tidy table of an experiment.
 
-    `variants`: name -> changes (see `variant`); `diff`: changes for all of them, exam included. `data`: a name that `folds` understands, a `Fold`, or a list of
-    these; `fold_seed`: of simulation and embedding. `minisets` of the exam (None: `MINISETS`); `jobs`: processes (None: one per core). Rows are cached.
-    Raises `FailedRows` at the end if some failed; with `strict=False` it warns and leaves them out.
+    `experiment`: which one asks (its clock counts the rows), or a title; `variants`: name -> changes (see `variant`); `diff`: changes for all of them, evaluation set included.
+    `data`: a name that `folds` understands, a `Fold`, or a list of these; `fold_seed`: of simulation and embedding. `minisets` of the evaluation set (None: `MINISETS`);
+    `jobs`: processes (None: one per core). Rows are kept. Raises `FailedRows` at the end if some failed; with `strict=False` it warns and leaves them out.
     """
-    store = store or workshop()
+    import pandas as pd
+
+    store = store or fold_store()
     config = base if isinstance(base, GearsConfig) else base_config(profile, base, diff)
     sources = [data] if isinstance(data, (str, Fold)) else list(data)
     rows = plan(variants, sources, seeds, config, minisets, fold_seed, store)
-    failures = _finish(rows, jobs or os.cpu_count() or 1, chapter_key, (profile != "smoke") if show is None else show)
-    table = _table(rows)
-    if failures and strict:
-        raise FailedRows(failures, table)
-    for failure in failures:
-        warnings.warn(failure, GearsWarning, stacklevel=2)
-    return table
-
-# %% ../../nbs/structure/09_experiments.ipynb #9b862bfb
-CARE = 0.02  # smallest relative change that counts as an effect
-
-
-def compare(table: pd.DataFrame, base: str = "base", column: str = "h_gate", better: str = "lower") -> pd.DataFrame:
-    """Every variant of `table` beside `base`, paired over data, fold and seed: mean, std, n, difference, its standard error, and `effect`: better, worse or none.
-
-    A variant without a single finite value is worse.
-    `better`: "lower" or "higher" values of `column`. Raises `InputError` if `base` has no rows."""
-    wide = table.pivot_table(index=["data", "fold", "seed"], columns="variant", values=column, sort=False)
-    wide = wide.reindex(columns=list(dict.fromkeys(table.variant)))  # a variant whose every row diverged has no column
-    if base not in wide or wide[base].isna().all():
-        raise InputError("experiments", "base", f"no row of {base!r} has a {column}", f"choose one of {', '.join(map(str, wide.columns))}")
-    paired = wide.sub(wide[base], axis=0)
-    out = wide.agg(["mean", "std", "count"]).T.rename(columns={"count": "n"}).fillna({"std": 0.0})
-    out["difference"], out["error"] = paired.mean(), (paired.std() / np.sqrt(paired.count())).fillna(0.0)
-    gain = out["difference"] * (-1 if better == "lower" else 1)
-    sure = out["difference"].abs() > np.maximum(2 * out["error"], CARE * abs(out.loc[base, "mean"]))
-    out["effect"] = np.where(sure, np.where(gain > 0, "better", "worse"), "none")
-    out.loc[out["n"] == 0, "effect"] = "worse"  # all of it diverged
-    return out.astype({"n": int})
+    title = experiment if isinstance(experiment, str) else experiment.key
+    table = compute_rows(title, rows, jobs=jobs, strict=strict, show=(profile != "smoke") if show is None else show, folder=store.root / "rows")
+    if not isinstance(experiment, str):
+        experiment.count(table)
+    frame = pd.DataFrame(table.lines, columns=None if table.lines else list(rows[0].labels))
+    return frame.astype({c: float for c in frame.columns if c not in rows[0].labels})
 
 # %% ../../nbs/structure/09_experiments.ipynb #574dac1b
 def cost_of_a_row(data: str = "liver_crossslide:10", seeds: Sequence[int] = (0, 1), variants: Mapping[str, Mapping[str, Any]] | None = None, profile: str = "toy", **options: Any) -> pd.DataFrame:
@@ -513,6 +426,6 @@ def cost_of_a_row(data: str = "liver_crossslide:10", seeds: Sequence[int] = (0, 
     parts = []
     for form, base in forms.items():
         rows = run_variants(f"cost of a row, {form}", asked, data=data, seeds=seeds, profile=profile, base=base, **options)
-        mean = rows.groupby("variant", sort=False)[["h_gate", "seconds", "exam_seconds"]].mean()
+        mean = rows.groupby("variant", sort=False)[["h_gate", "seconds", "evaluation_seconds"]].mean()
         parts.append(mean.assign(rank=mean.h_gate.rank().astype(int), form=form).reset_index())
     return pd.concat(parts, ignore_index=True)

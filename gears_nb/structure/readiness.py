@@ -18,7 +18,7 @@ from ..core.store import Store
 from ..encoder.diagnose import Bars, Diagnosis, Finding, Samples, prepare, sources_of
 from ..encoder.probes import norm_ratio, slide_accuracy
 from ..models.contract import GeometryModel
-from .experiments import HEALTH, Exam, base_config, folds, measure, run_variants
+from .experiments import HEALTH, EvaluationSet, base_config, folds, measure, run_variants
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,11 +200,11 @@ def judge(table: pd.DataFrame, H: Mapping[str, np.ndarray] | None = None, cells:
     return verdict_finding(lines), *lines
 
 # %% ../../nbs/structure/10_readiness.ipynb #9feebe46
-def rows_of(models: Sequence[GeometryModel], exam: Exam, fold: str = "held out") -> pd.DataFrame:
-    "Rows for `judge` from trained `models` (seeds) and an `exam`."
+def rows_of(models: Sequence[GeometryModel], evaluation: EvaluationSet, fold: str = "held out") -> pd.DataFrame:
+    "Rows for `judge` from trained `models` (seeds) and an `evaluation`."
     import pandas as pd
 
-    return pd.DataFrame([{"variant": MODEL, "fold": fold, "seed": i, "diverged": 0.0, **measure(m, exam)} for i, m in enumerate(models)])
+    return pd.DataFrame([{"variant": MODEL, "fold": fold, "seed": i, "diverged": 0.0, **measure(m, evaluation)} for i, m in enumerate(models)])
 
 # %% ../../nbs/structure/10_readiness.ipynb #9d32f821
 def variants_of(config: GearsConfig) -> dict[str, dict[str, Any]]:
