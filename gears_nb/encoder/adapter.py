@@ -26,7 +26,7 @@ class SCAdapter(nn.Module):
 
     @torch.no_grad()
     def solve(self, sc: Tensor, st: Tensor, shrink: float = 0.02) -> SCAdapter:
-        "Closed-form start `W0 = C_ST^(1/2) C_SC^(-1/2)`, `b0 = mu_ST - W0 mu_SC` (003, adapter)."
+        "Closed-form start `W0 = C_ST^(1/2) C_SC^(-1/2)`, `b0 = mu_ST - W0 mu_SC` (Sources S3, section Implementation Step 5: SC Adapter)."
         W = matrix_power_psd(shrunk_covariance(st, shrink), 0.5) @ matrix_power_psd(shrunk_covariance(sc, shrink), -0.5)
         self.W.copy_(W)
         self.b.copy_(st.double().mean(0) - W @ sc.double().mean(0))

@@ -51,7 +51,7 @@ def principal_axes(U: np.ndarray, dim: int, seed: int = 0) -> tuple[np.ndarray, 
 class SharedEncoder(nn.Module):
     """Features `(n, g)` to embeddings `H` `(n, stem + learned)`: frozen principal components beside a learned body.
 
-    Without `axes` there is no stem: the body reads all `genes` and its plain output `(n, learned)` is `H` (the presets of 003).
+    Without `axes` there is no stem: the body reads all `genes` and its plain output `(n, learned)` is `H` (presets v3 to v5; Sources S3, section Design A).
     """
 
     def __init__(self, *, mean: Tensor | None = None, axes: Tensor | None = None, genes: int | None = None, width: Sequence[int], learned: int,
@@ -145,7 +145,7 @@ def fit_encoder(features: Sequence[np.ndarray], coords: Sequence[np.ndarray], co
                 checkpoint: Path | None = None, tag: str = "") -> tuple[SharedEncoder, History]:
     """Train on reference slides: `features` `(n_s, g)` from `context_features`, `coords` `(n_s, 2)` in any unit.
 
-    `checkpoint`: where to save each epoch and to resume from; `tag` names the data for it. Coordinates choose pairs, nothing else (003, Design A).
+    `checkpoint`: where to save each epoch and to resume from; `tag` names the data for it. Coordinates choose pairs, nothing else (Sources S3, section Design A).
     """
     model = build_encoder(features, config, seed)
     slides = [Slide(U, c, config.positives) for U, c in zip(features, coords, strict=True)]

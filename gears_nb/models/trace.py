@@ -25,7 +25,7 @@ TERMS = ("qk", "gate", "pair", "geo")
 
 @dataclass(frozen=True, eq=False)
 class AttentionTrace:
-    """What a model did with one miniset of `n` cells: `R` recycles, `h` heads, `E` directed edges of its graph, self-edges included (003, *Paper-grade attention*).
+    """What a model did with one miniset of `n` cells: `R` recycles, `h` heads, `E` directed edges of its graph, self-edges included (Sources S3, section Paper-grade attention).
 
     Arrays are float32, `row` and `col` int32; edges are sorted by row, then column. `graph`: "H-gate" (the model's own) or "T-edge" (true edges, gate off).
     """

@@ -51,7 +51,7 @@ def walk_frame(X: Tensor, mask: Tensor, k: int | None = None) -> tuple[Tensor, T
 
 
 def distil_walk(x_student: Tensor, x_teacher: Tensor, mask: Tensor | None = None, *, k: int | None = None) -> Tensor:
-    """Mean over real rows of KL(teacher's walk || student's walk), scalar (003, distillation C2); points `(B, n, 2)`, in any frame and unit.
+    """Mean over real rows of KL(teacher's walk || student's walk), scalar (Sources S3, section Strategy C2); points `(B, n, 2)`, in any frame and unit.
 
     No gradient to the teacher. Raises `InputError` on different shapes."""
     student, teacher, mask = _prepared(x_student, x_teacher, mask)
@@ -61,7 +61,7 @@ def distil_walk(x_student: Tensor, x_teacher: Tensor, mask: Tensor | None = None
 
 # %% ../../nbs/structure/08_distil.ipynb #878936b8
 def distil_distances(x_student: Tensor, x_teacher: Tensor, mask: Tensor | None = None, *, form: Literal["metric", "log"] = "metric") -> Tensor:
-    """Disagreement of all distances of student and teacher, scalar (003, distillation C2); points `(B, n, 2)`, in any frame and unit.
+    """Disagreement of all distances of student and teacher, scalar (Sources S3, section Strategy C2); points `(B, n, 2)`, in any frame and unit.
 
     No gradient to the teacher. Raises `InputError` on different shapes or an unknown `form`."""
     if form not in ("metric", "log"):
@@ -77,7 +77,7 @@ def distil_distances(x_student: Tensor, x_teacher: Tensor, mask: Tensor | None =
 # %% ../../nbs/structure/08_distil.ipynb #d6d03ca0
 @torch.no_grad()
 def oracle_geometry(model: GeometryModel, H: Tensor, targets: GeoTargets) -> Tensor:
-    "Coordinates `(B, n, 2)` of `model` on the true edges, gate off, in evaluation mode, without gradient (003, the teacher of C2). Training only."
+    "Coordinates `(B, n, 2)` of `model` on the true edges, gate off, in evaluation mode, without gradient (Sources S3, section Strategy C2). Training only."
     was_training = model.training
     model.eval()
     X = model(H, targets.mask, edges=oracle_edges(targets)).X

@@ -239,7 +239,7 @@ def best(score: Tensor, support: Tensor, k: int = 30) -> Tensor:
 
 
 def found(score: Tensor, support: Tensor, X: Tensor, targets: GeoTargets, k: int = 30) -> Tensor:
-    "Share `(B,)` of the `k` nearest cells by the true places `X` `(B, n, 2)` that are among the `k` best-scored edges, mean over real rows (003, attention recall)."
+    "Share `(B,)` of the `k` nearest cells by the true places `X` `(B, n, 2)` that are among the `k` best-scored edges, mean over real rows (Sources S3, section Deliverable F)."
     near = best(-squared_distances(X), pair_mask(targets.mask), k)
     return masked_mean((best(score, support, k) & near).sum(-1) / near.sum(-1).clamp(min=1), targets.mask)
 
@@ -249,7 +249,7 @@ HEALTH = {"aspect": 0.15, "nearest": 0.05, "spread": 0.6}
 
 
 def health(X: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    "`aspect` (lambda2 / lambda1), `nearest` (5th percentile of nearest distances) and `spread` (median distance) of `X` `(B, n, 2)`, each `(B,)` (003, F3: no silent collapse)."
+    "`aspect` (lambda2 / lambda1), `nearest` (5th percentile of nearest distances) and `spread` (median distance) of `X` `(B, n, 2)`, each `(B,)` (Sources S3, section Deliverable F)."
     mask = torch.ones(X.shape[:2], dtype=torch.bool, device=X.device) if mask is None else mask
     eye = torch.eye(X.shape[1], dtype=torch.bool, device=X.device)
     d = squared_distances(X).sqrt().masked_fill(~pair_mask(mask) | eye, torch.nan)
@@ -275,7 +275,7 @@ def measure_gate(gate: GateLogits | None, targets: GeoTargets) -> dict[str, Tens
 
 
 def measure_attention(trace: Mapping[str, Tensor], X: Tensor, targets: GeoTargets) -> dict[str, Tensor]:
-    "Of the last recycle: `attention30` (recall at 30, heads averaged) and `logit_std`, the spread of its logits within rows and heads (003, F6)."
+    "Of the last recycle: `attention30` (recall at 30, heads averaged) and `logit_std`, the spread of its logits within rows and heads (Sources S3, section Deliverable F)."
     last, support = trace["attention"][-1], trace["support"]
     logits = last.clamp(min=1e-30).log().masked_fill(~support[:, None], torch.nan)  # up to a constant per row, which a spread does not see
     deviation = (logits - logits.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()

@@ -39,7 +39,7 @@ def directed_neighbours(H: Tensor, k: int, mask: Tensor | None = None, *, cosine
 
 
 def candidate_mask(H: Tensor, k_cand: int, mask: Tensor | None = None, *, cosine: bool = False) -> Tensor:
-    """Candidate edges `(B, n, n)`: symmetrised kNN of embeddings `H` `(B, n, d)`, diagonal kept (003, candidate graph).
+    """Candidate edges `(B, n, n)`: symmetrised kNN of embeddings `H` `(B, n, d)`, diagonal kept (Sources S3, section Deliverable D).
 
     `k_cand` is capped by the number of other real rows. Euclidean distance, or cosine if asked. O(B n^2) memory."""
     near, _ = directed_neighbours(H, k_cand, mask, cosine=cosine)
@@ -47,7 +47,7 @@ def candidate_mask(H: Tensor, k_cand: int, mask: Tensor | None = None, *, cosine
 
 # %% ../../nbs/structure/02_gate.ipynb #9d165f64
 def oracle_edges(targets: GeoTargets) -> Tensor:
-    "True neighbour graph `(B, n, n)` of the targets, symmetrised, diagonal kept (003, T-edge). Diagnostics only: inference never has it."
+    "True neighbour graph `(B, n, n)` of the targets, symmetrised, diagonal kept (Sources S3, section Code-level audit checklist). Diagnostics only: inference never has it."
     B, n = targets.mask.shape
     near = torch.zeros(B, n, n, dtype=torch.bool, device=targets.mask.device)
     near = near.scatter_add_(2, targets.knn_edges, targets.knn_mask)
@@ -85,7 +85,7 @@ def place_logits(values: Tensor, row: Tensor, col: Tensor, support: Tensor) -> T
 
 # %% ../../nbs/structure/02_gate.ipynb #c4321046
 class EdgeGateSoft(nn.Module):
-    "Soft gate on candidate edges (003, EdgeGateSoft): an MLP on `[h_i, h_j, |h_i - h_j|, h_i * h_j]`."
+    "Soft gate on candidate edges (Sources S3, section Exact logit formula to ship): an MLP on `[h_i, h_j, |h_i - h_j|, h_i * h_j]`."
 
     def __init__(self, *, dim_in: int = 128, dim: int = 32, hidden: int = 32, clip: float = 5.0, heads: int | None = None):
         super().__init__()
@@ -128,7 +128,7 @@ def log_gate_walk(gate: GateLogits, edges: Tensor) -> Tensor:
 
 
 def gate_targets(targets: GeoTargets, edges: Tensor, steps: Sequence[int] = (1,)) -> tuple[Tensor, Tensor]:
-    "What a gate should say on `edges`: mean `(B, n, n)` of the walks of `steps`, each renormalised there (003, experiment 11); rows `(B, n)` that have any."
+    "What a gate should say on `edges`: mean `(B, n, n)` of the walks of `steps`, each renormalised there (Sources S3, section Prioritized toy experiment list); rows `(B, n)` that have any."
     if not steps or not set(steps) <= set(targets.rw_transitions):
         raise InputError("gate_targets", "steps", f"{tuple(steps)}, the targets hold {tuple(targets.rw_transitions)}", "use steps of the targets")
     total, count = 0.0, 0
@@ -140,7 +140,7 @@ def gate_targets(targets: GeoTargets, edges: Tensor, steps: Sequence[int] = (1,)
 
 
 def gate_kl(gate: GateLogits, targets: GeoTargets, steps: Sequence[int] = (1,), *, diagonal: bool = False) -> Tensor:
-    "Mean over rows and minisets of KL(true walk on the support || softmax of the gate) (003, EdgeGateSoft); scalar. `diagonal`: let self-edges take part."
+    "Mean over rows and minisets of KL(true walk on the support || softmax of the gate) (Sources S3, section Exact logit formula to ship); scalar. `diagonal`: let self-edges take part."
     edges = gate.support if diagonal else off_diagonal(gate.support)
     p, rows = gate_targets(targets, edges, steps)
     return masked_mean(kl_rows(p.to(gate.logits.dtype), log_gate_walk(gate, edges)).flatten(), rows.flatten())
@@ -164,7 +164,7 @@ def _swap_round(A: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def random_support(support: Tensor, rng: torch.Generator, rounds: int = 30) -> Tensor:
-    "A random symmetric support `(B, n, n)` with the degrees of `support`, diagonal kept (poison pill B; 003, E12; edge swaps of Maslov and Sneppen, 2002). CPU."
+    "A random symmetric support `(B, n, n)` with the degrees of `support`, diagonal kept (poison pill B; Sources S3, section Deliverable E; edge swaps of Maslov and Sneppen, 2002). CPU."
     eye = torch.eye(support.shape[-1], dtype=torch.bool)
     out = support & ~eye
     for _ in range(rounds):

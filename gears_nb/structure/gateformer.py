@@ -30,7 +30,7 @@ __all__ = ['HeadGate', 'EdgeNet', 'ContextLayer', 'ContextualGate', 'rank_loss',
 
 # %% ../../nbs/structure/06_gateformer.ipynb #2e716308
 class HeadGate(EdgeGateSoft):
-    "`EdgeGateSoft` with one logit per attention head: logits `(B, heads, n, n)` (003, experiment 10)."
+    "`EdgeGateSoft` with one logit per attention head: logits `(B, heads, n, n)` (Sources S3, section Prioritized toy experiment list)."
 
     def __init__(self, dim_in: int, *, heads: int = 4, dim: int = 32, hidden: int = 32, clip: float = 5.0):
         super().__init__(dim_in=dim_in, dim=dim, hidden=hidden, clip=clip, heads=heads)
@@ -54,7 +54,7 @@ class EdgeNet(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    "Cells attend to their candidates and to themselves, with a bias from the edges (003, Contextual GateFormer)."
+    "Cells attend to their candidates and to themselves, with a bias from the edges (Sources S3, section B2. Contextual GateFormer)."
 
     def __init__(self, *, dim: int, edge: int, heads: int):
         super().__init__()
@@ -74,7 +74,7 @@ class ContextLayer(nn.Module):
 
 # %% ../../nbs/structure/06_gateformer.ipynb #85904242
 class ContextualGate(nn.Module):
-    """Contextual gate (003, GateFormer): sparse attention over candidate edges with edge features, then one logit per edge.
+    """Contextual gate (Sources S3, section B2. Contextual GateFormer): sparse attention over candidate edges with edge features, then one logit per edge.
 
     Sees real cells only through the support; permutation equivariant. Memory O(E edge + B heads n^2)."""
 
@@ -118,7 +118,7 @@ class ContextualGate(nn.Module):
 
 # %% ../../nbs/structure/06_gateformer.ipynb #c421dcd9
 def rank_loss(gate: GateLogits, targets: GeoTargets, margin: float = 1.0, *, positives: int = 8) -> Tensor:
-    """Hinge between true neighbours and look-alikes, mean over rows and minisets; scalar (003, rank loss).
+    """Hinge between true neighbours and look-alikes, mean over rows and minisets; scalar (Sources S3, section Deliverable E).
 
     Positives: the `positives` candidates with most true mass; negatives: candidates without. O(B n^2 positives) memory."""
     edges = off_diagonal(gate.support)
@@ -133,7 +133,7 @@ def rank_loss(gate: GateLogits, targets: GeoTargets, margin: float = 1.0, *, pos
 
 # %% ../../nbs/structure/06_gateformer.ipynb #d1fd7171
 def trust_kl(gate: GateLogits, frozen: GateLogits) -> Tensor:
-    "Mean over rows with edges of KL(frozen walk || present walk) (003, Topo-IPA-R, phase 3); scalar. No gradient to `frozen`; `ValueError` on different supports."
+    "Mean over rows with edges of KL(frozen walk || present walk) (Sources S3, section Strategy C1); scalar. No gradient to `frozen`; `ValueError` on different supports."
     before = GateLogits(frozen.on(gate.support).detach(), gate.support)
     edges = off_diagonal(gate.support)
     rows = kl_rows(log_gate_walk(before, edges).exp(), log_gate_walk(gate, edges))
@@ -162,7 +162,7 @@ def row_correlation(q: Tensor, p: Tensor, edges: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def gate_metrics(gate: GateLogits, targets: GeoTargets, frozen: GateLogits | None = None, *, k: int = 30) -> dict[str, float]:
-    """How good a gate is, as means over real rows: kl, precision30, recall30, entropy, correlation, logit_std, recall20 of its candidates (003, what to log of a gate).
+    """How good a gate is, as means over real rows: kl, precision30, recall30, entropy, correlation, logit_std, recall20 of its candidates (Sources S3, section Strategy C1).
 
     `k`: how many candidates count as chosen (names keep the 30). `frozen`: an earlier gate on the same support, adds drift."""
     edges, truth = off_diagonal(gate.support), off_diagonal(oracle_edges(targets))

@@ -51,7 +51,7 @@ def euclid(H: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
 
 
 def cosine(H: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    "Symmetrised `k` nearest neighbours by cosine distance: the length of an embedding does not count (003, graph recovery)."
+    "Symmetrised `k` nearest neighbours by cosine distance: the length of an embedding does not count (Sources S3, section Additional toy experiments)."
     return candidate_mask(H, k, mask, cosine=True)
 
 
@@ -61,13 +61,13 @@ def pca32(H: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
 
 
 def whitened(H: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    "The same with equal variances, in at most `n / 4` components (003, graph recovery)."
+    "The same with equal variances, in at most `n / 4` components (Sources S3, section Additional toy experiments)."
     return candidate_mask(principal(H, mask, whiten=True, share=0.25), k, mask)
 
 # %% ../../nbs/structure/05_graphs.ipynb #5e6aafbc
 @torch.no_grad()
 def mutual(H: Tensor, k: int, mask: Tensor | None = None, *, jaccard: float | None = None) -> Tensor:
-    """Mutual `k` nearest neighbours whose neighbourhoods overlap by `jaccard` (None: the level of chance) (003, mutual kNN with a Jaccard filter); every row keeps an edge.
+    """Mutual `k` nearest neighbours whose neighbourhoods overlap by `jaccard` (None: the level of chance) (Sources S3, section Additional toy experiments); every row keeps an edge.
 
     Sparser than `k` per row; take a larger `k` for the same density. O(B n^3) for the overlaps."""
     near, d = directed_neighbours(H, k, mask)
@@ -95,7 +95,7 @@ def graph(name: str) -> Graph:
 
 # %% ../../nbs/structure/05_graphs.ipynb #7567b515
 class Projection(nn.Module):
-    "Linear map of normalised embeddings to `dim` dimensions, in which near should mean near in the tissue (003, learned projection)."
+    "Linear map of normalised embeddings to `dim` dimensions, in which near should mean near in the tissue (Sources S3, section Additional toy experiments)."
 
     def __init__(self, dim_in: int, dim: int = 32):
         super().__init__()
@@ -140,7 +140,7 @@ def fit_projection(model: Projection, batches: Sequence[Batch], steps: int, lr: 
 
 # %% ../../nbs/structure/05_graphs.ipynb #ba69169e
 def candidate_recall(support: Tensor, targets: GeoTargets, k: int = 20) -> Tensor:
-    "Share `(B,)` of the true `k` nearest (or of all that the targets hold) inside `support` `(B, n, n)`, mean over real cells (003, candidate recall)."
+    "Share `(B,)` of the true `k` nearest (or of all that the targets hold) inside `support` `(B, n, n)`, mean over real cells (Sources S3, section Additional toy experiments)."
     edges, there = targets.knn_edges[..., :k], targets.knn_mask[..., :k]
     found = support.gather(2, edges) & there
     return masked_mean(found.sum(-1) / there.sum(-1).clamp(min=1), targets.mask)
@@ -153,7 +153,7 @@ def candidate_precision(support: Tensor, targets: GeoTargets) -> Tensor:
 
 
 def oracle_intersection(support: Tensor, targets: GeoTargets) -> Tensor:
-    "True edges that are candidates, `(B, n, n)`, diagonal kept (003, candidate-intersection oracle). Diagnostics only."
+    "True edges that are candidates, `(B, n, n)`, diagonal kept (Sources S3, section Additional toy experiments). Diagnostics only."
     return oracle_edges(targets) & support
 
 

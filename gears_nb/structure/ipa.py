@@ -25,7 +25,7 @@ __all__ = ['GEOMETRY', 'coordinate_update', 'Maps', 'Content', 'Distance', 'Poin
 
 # %% ../../nbs/structure/03_ipa.ipynb #139bd5b2
 def coordinate_update(attention: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """`sum_h A_h sum_j a_ij^h (x_j - x_i)`: attention `(B, h, n, n)`, points `(B, n, 2)`, maps `A` `(h, 2, 2)` -> `(B, n, 2)` (003, common part; compare EGNN, Satorras et al. 2021, eq. 4).
+    """`sum_h A_h sum_j a_ij^h (x_j - x_i)`: attention `(B, h, n, n)`, points `(B, n, 2)`, maps `A` `(h, 2, 2)` -> `(B, n, 2)` (Sources S3, section B3. IPA backbone; compare EGNN, Satorras et al. 2021, eq. 4).
 
     Translation equivariant for any `A`; rotation equivariant when every `A_h` commutes with rotations (see `Maps`)."""
     with torch.autocast(x.device.type, enabled=False):              # coordinates never in half precision
@@ -70,7 +70,7 @@ class Content(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5geo002
 class Distance(nn.Module):
-    "`clip(-gamma_h |x_i - x_j|^2, -clip, 0)` (003, D7); clip None: unbounded."
+    "`clip(-gamma_h |x_i - x_j|^2, -clip, 0)` (Sources S3, section B3. IPA backbone); clip None: unbounded."
 
     def __init__(self, dim: int, heads: int, clip: float | None = 10.0):
         super().__init__()
@@ -87,7 +87,7 @@ class Distance(nn.Module):
 
 
 class Points(Distance):
-    "Point-IPA (003, D2): `Distance` between the learned points `x_i + u_i` and `x_j + v_j` of every head."
+    "Point-IPA (Sources S3, section D2) Most principled next step): `Distance` between the learned points `x_i + u_i` and `x_j + v_j` of every head."
 
     def __init__(self, dim: int, heads: int, clip: float | None = 10.0):
         super().__init__(dim, heads, clip)
@@ -101,7 +101,7 @@ class Points(Distance):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5geo003
 class RadialBasis(nn.Module):
-    """`clip(w_h . phi(d / median d), -clip, clip)`: 16 Gaussian bumps on [0, 2], their spacing wide (003, S6); zero at the start.
+    """`clip(w_h . phi(d / median d), -clip, clip)`: 16 Gaussian bumps on [0, 2], their spacing wide (Sources S3, section B3. IPA backbone); zero at the start.
 
     Computed once per unordered edge; zero on the diagonal and off the graph. O(E) time and memory for the bumps."""
 
@@ -142,7 +142,7 @@ def neighbour_walk(bias: Tensor, uniform: bool = False) -> Tensor:
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5blk02c
 class RecycleBlock(nn.Module):
-    """One recycle of geometric attention: a coordinate step and a feature step (003, V1 to Topo-IPA-R, by choice of terms).
+    """One recycle of geometric attention: a coordinate step and a feature step (Sources S3, section B3. IPA backbone).
 
     Last layers start at zero: an untrained block leaves coordinates and features as they are."""
 
@@ -187,7 +187,7 @@ class RecycleBlock(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5egn002
 class EgnnBlock(nn.Module):
-    """Gate-weighted E(n)-equivariant message passing (003, fallback; after Satorras et al. 2021). Same interface as `RecycleBlock`.
+    """Gate-weighted E(n)-equivariant message passing (Sources S3, section Fallback; after Satorras et al. 2021). Same interface as `RecycleBlock`.
 
     An untrained block leaves coordinates and features as they are."""
 
@@ -225,13 +225,13 @@ def dropout(x: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
 
 
 def augment(H: Tensor, mask: Tensor, noise: float, drop: float, rng: torch.Generator | None) -> Tensor:
-    "`H` `(B, n, d)` with Gaussian noise (in units of its standard deviation over real rows) and dropped entries (003, augmentation)."
+    "`H` `(B, n, d)` with Gaussian noise (in units of its standard deviation over real rows) and dropped entries (Sources S3, section Deliverable D)."
     spread = H[mask].std()
     return dropout(H + noise * spread * randn(rng, *H.shape, like=H), drop, rng)
 
 
 def drop_edges(support: Tensor, p: float, rng: torch.Generator | None) -> Tensor:
-    "Remove a share `p` of the edges of a symmetric support `(B, n, n)` (003, augmentation); keeps the diagonal and one edge per connected row."
+    "Remove a share `p` of the edges of a symmetric support `(B, n, n)` (Sources S3, section Deliverable D); keeps the diagonal and one edge per connected row."
     eye = torch.eye(support.shape[-1], dtype=torch.bool, device=support.device)
     keep = (rand(rng, *support.shape).to(support.device) >= p).triu(1)
     left = support & (keep | keep.transpose(1, 2)) & ~eye
@@ -250,7 +250,7 @@ def repulsion(X: Tensor, mask: Tensor) -> Tensor:
 
 
 def entropy_deficit(attention: Tensor, support: Tensor, mask: Tensor) -> Tensor:
-    "Mean of `1 - entropy / log(degree)` over real rows with at least two edges and over heads (003, attention entropy); `(B,)`."
+    "Mean of `1 - entropy / log(degree)` over real rows with at least two edges and over heads (Sources S3, section Deliverable F); `(B,)`."
     entropy = -(attention * attention.clamp(min=1e-12).log()).sum(-1)
     degree = support.sum(-1)
     deficit = 1 - entropy.mean(1) / degree.clamp(min=2).log()
@@ -258,7 +258,7 @@ def entropy_deficit(attention: Tensor, support: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/structure/03_ipa.ipynb #a4b158e2
 def rw_weight(epoch: int, warmup: int = 1, ramp: int = 6, cap: float = 0.3) -> float:
-    "Weight of `L_RW`: 0 for `warmup` epochs, then linear over `ramp` epochs to `cap` (003, losses)."
+    "Weight of `L_RW`: 0 for `warmup` epochs, then linear over `ramp` epochs to `cap` (Sources S3, section B4. Full loss)."
     return cap * min(1.0, max(0, epoch - warmup + 1) / max(ramp, 1))
 
 # %% ../../nbs/structure/03_ipa.ipynb #07bdbf85
@@ -278,7 +278,7 @@ class CoordinateHead(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5step02
 class Steps(nn.Module):
-    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor` (003, D2 and experiment 5)."
+    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor` (Sources S3, section D2) Most principled next step)."
 
     def __init__(self, recycles: int, *, theta: float = 0.4, learned: bool = True, floor: float = 0.0):
         super().__init__()

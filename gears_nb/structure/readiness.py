@@ -81,7 +81,7 @@ LINES: dict[str, Line] = {
     "domain": Line("Can a classifier tell cells from spots (accuracy)?", "Let the cells be moved into the cloud of the slides, and see what differs in `gears diagnose` with the cells.", high=0.55, change=(("encoder.adapter", True),)),
     "norms": Line("Are embeddings equally long in all sources (largest over smallest)?", "A source with longer vectors is deeper or more varied: compare depths with `gears diagnose`, and leave out a source that is far shallower than the others.", high=1.10, strict=True),
 }
-"The go/no-go table (003): name -> threshold."
+"The go/no-go table (Sources S3, section Scale-readiness checklist): name -> threshold."
 
 # %% ../../nbs/structure/10_readiness.ipynb #50764564
 def line_finding(name: str, value: float | None, bars: Bars | None = None, *, line: Line | None = None, detail: str = "", why: str = "It was not measured.", **numbers: Any) -> Finding:

@@ -196,20 +196,20 @@ def gate_terms(gate: GateLogits, targets: GeoTargets, choice: Rung, before: Gate
 
 
 def loss_weights(config: StructureConfig, choice: Rung, stress_weight: float, epoch: int) -> dict[str, float]:
-    "Weight of every term in this epoch (003, losses); the first guess gets half the weight of the last coordinates."
+    "Weight of every term in this epoch (Sources S3, section B4. Full loss); the first guess gets half the weight of the last coordinates."
     return {"rw": rw_weight(epoch, config.warmup, config.rw_ramp, config.rw_cap), "stress": stress_weight,
             "stress0": stress_weight / 2, "repulsion": config.repulsion, "entropy": config.entropy, "gate": config.gate_weight,
             "rank": choice.rank_weight, "trust": choice.trust_weight, "distil": choice.distil_weight}
 
 
 def beta_share(choice: Rung, beta: float, epoch: int) -> float:
-    "Weight of the gate in `epoch`: linear from `beta_start` to `beta` over `beta_ramp` epochs, then `beta` (003, Topo-IPA-R)."
+    "Weight of the gate in `epoch`: linear from `beta_start` to `beta` over `beta_ramp` epochs, then `beta` (Sources S3, section Deliverable C)."
     done = min(1.0, epoch / choice.beta_ramp) if choice.beta_ramp else 1.0
     return choice.beta_start + (beta - choice.beta_start) * done if done < 1 else beta
 
 # %% ../../nbs/structure/07_rungs.ipynb #51b1031f
 def check_edges(gate: GateLogits | None, graph: Tensor | None, allowed: bool) -> None:
-    "Refuse true edges beside gate logits or another graph, and wherever they were not asked for by name (003, oracle guard)."
+    "Refuse true edges beside gate logits or another graph, and wherever they were not asked for by name (Sources S3, section Deliverable D)."
     if gate is not None or graph is not None:
         raise InputError("Ladder", "edges", "true edges were passed together with gate logits or a graph", "run the oracle with edges= alone, the gate is off")
     if not allowed:
@@ -217,7 +217,7 @@ def check_edges(gate: GateLogits | None, graph: Tensor | None, allowed: bool) ->
 
 # %% ../../nbs/structure/07_rungs.ipynb #b2becc1f
 class Ladder(GeometryModel):
-    """A rung of the ladder as a model (003, V1 to Topo-IPA-R).
+    """A rung of the ladder as a model (Sources S3, section B3. IPA backbone).
 
     `outside`: helpers that are not part of the model and are not saved: `anchor` (the pretrained gate, for trust), `distil` (called with x, H, targets, mask; a
     scalar loss), `project` (columns of H -> the space of the candidates)."""
@@ -363,7 +363,7 @@ def gate_loss(model: Ladder, batch: Batch, epoch: int = 0, rng: torch.Generator 
 
 
 def pretrain_gate(model: Ladder, batches: Sequence[Batch], steps: int, lr: float = 1e-3, weight_decay: float = 5e-4) -> list[float]:
-    "Train `model.gate` alone for `steps` steps over `batches` (cycled) (003, phase 1); returns the loss of every step."
+    "Train `model.gate` alone for `steps` steps over `batches` (cycled) (Sources S3, section Strategy C1); returns the loss of every step."
     optimiser = torch.optim.AdamW(model.gate.parameters(), lr=lr, weight_decay=weight_decay)
     history = []
     device = next(model.parameters()).device

@@ -218,7 +218,7 @@ def merge_slide(ranks: Tensor, slide_knn: Tensor, mask: Tensor) -> tuple[Tensor,
 # %% ../../nbs/targets/01_builder.ipynb #93541b55
 @dataclass(frozen=True)
 class GeoTargets:
-    """Frozen geometric targets of `B` padded minisets (003, target families F2 and F4; unit-RMS gauge).
+    """Frozen geometric targets of `B` padded minisets (Sources S3, section Family 2).
 
     Lengths are in gauge units. Padded entries are masked, never read."""
     rw_transitions: dict[int, Tensor]  # {s: (B, n, n)} s-step transition matrices, s = 1..max(rw_steps)

@@ -127,7 +127,7 @@ def beyond_neighbours(near: Neighbourhoods, draws: int) -> Tensor:
 
 @torch.no_grad()
 def build_fuzzy(coords: Tensor, *, k: int | None = None, rng: torch.Generator | None = None) -> FuzzyTargets:
-    "F1 targets of `coords` (B, n, 2); as many negatives as neighbours (003, Family 1)."
+    "F1 targets of `coords` (B, n, 2); as many negatives as neighbours (Sources S3, section Family 1)."
     near = neighbourhoods(coords, k, rng)
     mu = (-scaled_squares(near.X, near.knn, near.sigma)).exp()
     return FuzzyTargets(near.knn, mu, beyond_neighbours(near, near.k), near.sigma)
@@ -179,7 +179,7 @@ class TripletTargets:
 
 @torch.no_grad()
 def build_triplets(coords: Tensor, *, k: int | None = None, rng: torch.Generator | None = None, draws: int = 16) -> TripletTargets:
-    "`draws` triplets per anchor: near of rank 1..k/2, far of rank k+1..3k (003, Family 3)."
+    "`draws` triplets per anchor: near of rank 1..k/2, far of rank k+1..3k (Sources S3, section Family 3)."
     at = neighbourhoods(coords, k, rng)
     n = at.X.shape[1]
     half, reach = max(at.k // 2, 1), min(3 * at.k, n - 1) - at.k
@@ -209,7 +209,7 @@ class LinearTargets:
 
 @torch.no_grad()
 def build_linear(coords: Tensor, *, k: int | None = None, rng: torch.Generator | None = None, ridge: float = 1e-3) -> LinearTargets:
-    "F5 weights by the 2 x 2 form, O(n k); the ridge is relative to the trace of the local Gram matrix (Roweis and Saul 2000; 003, Family 5)."
+    "F5 weights by the 2 x 2 form, O(n k); the ridge is relative to the trace of the local Gram matrix (Roweis and Saul 2000; Sources S3, section Family 5)."
     at = neighbourhoods(coords, k, rng)
     b = torch.arange(len(at.X), device=at.X.device)[:, None, None]
     Z = at.X[:, :, None] - at.X[b, at.knn]                     # (B, n, k, 2)

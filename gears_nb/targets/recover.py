@@ -251,7 +251,7 @@ def recover(targets: GeoTargets, *,
             robust: bool = True,       # edges that contradict the rest lose their vote
             X0: Tensor | None = None,  # (B, n, 2) another start; the better one is refined, its orientation is kept
             ) -> Recovered:
-    """Coordinates of every miniset from the lengths of its multiscale edges (003, F4), float64, padding allowed.
+    """Coordinates of every miniset from the lengths of its multiscale edges (Sources S3, section Family 4), float64, padding allowed.
 
     Deterministic. Raises `InputError` if lengths are not finite, a miniset has fewer than 3 landmarks, or points have no path to them."""
     bad = int((~torch.isfinite(targets.ref_distances) & targets.edge_mask).sum())
