@@ -23,9 +23,9 @@ from .rows import Row, Rows, compute_rows
 # %% auto #0
 __all__ = ['SHOWN_BYTES', 'Experiment', 'provenance', 'verdict_table', 'on_file']
 
-# %% ../../nbs/lab/05_experiment.ipynb #444eb688
+# %% ../../nbs/lab/05_experiment.ipynb #a7469f4e
 @dataclass
-class Experiment:
+class _Identity:
     """One experiment, `figures/<chapter>/<name>`.
 
     `params`: what the notebook was called with ("profile" decides the folder); `seed`: one int or several; `data_name`, `data_digest`: which numbers went in;
@@ -40,9 +40,6 @@ class Experiment:
     required: tuple[str, ...] = ()
     notebook: str | None = None
     root: str | Path | None = None
-    row_seconds: float = 0.0
-    started: float = field(default_factory=time.process_time)
-    verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def key(self) -> str:
@@ -62,6 +59,14 @@ class Experiment:
         """Path for a figure of this experiment; makes the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / filename
+
+# %% ../../nbs/lab/05_experiment.ipynb #48bbc4e2
+@dataclass
+class Experiment(_Identity):
+    __doc__ = _Identity.__doc__
+    row_seconds: float = 0.0
+    started: float = field(default_factory=time.process_time)
+    verdicts: list[Verdict] = field(default_factory=list)
 
     def rows(self, compute: Callable[..., Any], grid: Iterable[Mapping[str, Any]], *, using: Sequence[Any] = (), jobs: int | None = 1,
              strict: bool = True) -> Rows:
@@ -102,7 +107,7 @@ class Experiment:
             Path(tmp).write_text(text, encoding="utf-8")
         return target
 
-# %% ../../nbs/lab/05_experiment.ipynb #73e6b691
+# %% ../../nbs/lab/05_experiment.ipynb #1a2f0937
 def provenance(record: Mapping[str, Any]) -> str:
     "One line: date, profile, data, seeds, minutes, machine, digest of the code."
     seeds = record.get("seeds", [record.get("seed")])
@@ -120,7 +125,7 @@ def verdict_table(record: Mapping[str, Any]) -> str:
     rows = [f"| {s} | {w} | {rule} | {shown(v)} |" for _, s, w, rule, v in sorted(lines, key=lambda line: line[0])]
     return "\n".join(["| claim | outcome | rule | value |", "|---|---|---|---|", *rows]) if rows else ""
 
-# %% ../../nbs/lab/05_experiment.ipynb #f6a0ae8f
+# %% ../../nbs/lab/05_experiment.ipynb #1f4a956c
 SHOWN_BYTES = 300_000  # a larger figure is named, not shown: a notebook keeps what it shows
 
 

@@ -87,7 +87,7 @@ class Distance(nn.Module):
 
 
 class Points(Distance):
-    "Point-IPA (Sources S3, section D2) Most principled next step): `Distance` between the learned points `x_i + u_i` and `x_j + v_j` of every head."
+    "Point-IPA (Sources S3, section Most principled next step): `Distance` between the learned points `x_i + u_i` and `x_j + v_j` of every head."
 
     def __init__(self, dim: int, heads: int, clip: float | None = 10.0):
         super().__init__(dim, heads, clip)
@@ -278,7 +278,7 @@ class CoordinateHead(nn.Module):
 
 # %% ../../nbs/structure/03_ipa.ipynb #r5step02
 class Steps(nn.Module):
-    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor` (Sources S3, section D2) Most principled next step)."
+    "Step sizes `(R,)` of the recycles: `sigmoid(theta)`, the first one at least `floor` (Sources S3, section Most principled next step)."
 
     def __init__(self, recycles: int, *, theta: float = 0.4, learned: bool = True, floor: float = 0.0):
         super().__init__()
