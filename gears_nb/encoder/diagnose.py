@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ..lab.findings import Bars, Diagnosis, Finding
 
 from ..core.errors import InputError, option
-from ..core.machine import plain
 from ..core.progress import progress_bar
 from ..core.seeding import np_rng
 from ..data.genes import GeneMatch, match_genes
@@ -29,75 +29,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'SETTINGS', 'FEW_GENES', 'LOST_SHARE', 'SHALLOW', 'DEPTH_RATIO', 'EMPTY_SHARE', 'QUESTIONS', 'ADVICE',
-           'CHECKS', 'TRAINS', 'Bars', 'Finding', 'Diagnosis', 'Settings', 'Samples', 'prepare', 'check_genes',
-           'check_depth', 'check_accuracy', 'check_centroids', 'check_mixing', 'hypothesis', 'sources_of', 'diagnose']
-
-# %% ../../nbs/encoder/24_diagnose.ipynb #ddf736a1
-SEVERITIES = ("problem", "warning", "note", "ok", "skipped")
-
-
-@dataclass(frozen=True)
-class Bars:
-    "A chart of a finding: one bar per label, and a `reference` that it is to be read against."
-
-    title: str
-    labels: tuple[str, ...]
-    values: tuple[float, ...]
-    unit: str = ""
-    reference: float | None = None
-    reference_name: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    "One answer: `severity` is one of `SEVERITIES`, `verdict` a word (empty: a plain check), `summary` and `advice` sentences, `numbers` all that was measured."
-
-    key: str
-    question: str
-    severity: str
-    summary: str
-    advice: str
-    verdict: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
-    charts: tuple[Bars, ...] = ()
-    seconds: float = 0.0
-
-# %% ../../nbs/encoder/24_diagnose.ipynb #d49bfc68
-@dataclass(frozen=True)
-class Diagnosis:
-    "All findings about a set of slides; `sources` has one row per slide or table of cells."
-
-    findings: tuple[Finding, ...]
-    sources: tuple[dict[str, Any], ...]
-    genes: int
-    seed: int
-    profile: str
-
-    def __getitem__(self, key: str) -> Finding:
-        found = [f for f in self.findings if f.key == key]
-        if not found:
-            raise KeyError(f"{key}: the findings are {', '.join(f.key for f in self.findings)}")
-        return found[0]
-
-    @property
-    def verdicts(self) -> dict[str, str]:
-        "Verdict of each hypothesis that was tested."
-        return {f.key: f.verdict for f in self.findings if f.verdict}
-
-    def by_severity(self) -> list[Finding]:
-        "Findings, the gravest first."
-        return sorted(self.findings, key=lambda f: SEVERITIES.index(f.severity))
-
-    def to_dict(self) -> dict[str, Any]:
-        "All as JSON types."
-        return plain(self)
-
-    def text(self) -> str:
-        "For a terminal: one block per finding, in the order of the tests."
-        rows = [f"{f.severity:<8} {f.key:<10} {f.question}" + (f" {f.verdict}" if f.verdict else "") + f"\n{'':20}{f.summary}" +
-                (f"\n{'':20}-> {f.advice}" if f.severity in SEVERITIES[:3] else "") for f in self.findings]
-        return "\n".join(rows)
+__all__ = ['SETTINGS', 'FEW_GENES', 'LOST_SHARE', 'SHALLOW', 'DEPTH_RATIO', 'EMPTY_SHARE', 'QUESTIONS', 'ADVICE', 'CHECKS',
+           'TRAINS', 'Settings', 'Samples', 'prepare', 'check_genes', 'check_depth', 'check_accuracy',
+           'check_centroids', 'check_mixing', 'hypothesis', 'sources_of', 'diagnose']
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #ecf0731c
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..core.errors import InputError, option
 from ..core.page import page
 from ..core.machine import versions_info
 from ..core.store import atomic_path, write_json
-from ..encoder.diagnose import SEVERITIES, Bars, Diagnosis, Finding
+from ..lab.findings import SEVERITIES, Bars, Diagnosis, Finding
 from .files import check_exists, check_output, named_after
 from .report import facts
 
