@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ..lab.findings import Bars, Diagnosis, Finding
 
 from ..core.errors import InputError, option
 from ..core.progress import progress_bar
@@ -24,6 +23,7 @@ from ..data.neighbours import compressed
 from ..data.preprocess import Preprocessor, row_totals
 from ..data.validate import validate_cells, validate_slide
 from .probes import by_slide, centroid_distances, mixing, slide_accuracy
+from ..lab.findings import Bars, Diagnosis, Finding
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ..lab.findings import Bars, Diagnosis, Finding
 
 from ..core.config import GearsConfig
 from ..core.errors import InputError, option
@@ -18,6 +17,7 @@ from ..core.machine import plain, spread
 from ..core.store import Store
 from ..encoder.diagnose import Samples, prepare, sources_of
 from ..encoder.probes import norm_ratio, slide_accuracy
+from ..lab.findings import Bars, Diagnosis, Finding
 from ..models.contract import GeometryModel
 from .experiments import HEALTH, EvaluationSet, base_config, folds, measure, run_variants
 
