@@ -122,7 +122,7 @@ def row_folder(experiment: str) -> Path:
 
 def budget(folder: Path, known: int, missing: int, jobs: int = 1) -> str:
     "One sentence: how many rows are kept, and how long the others will take."
-    recent = sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime)[-50:]
+    recent = sorted(folder.glob("[!.]*.json"), key=lambda p: p.stat().st_mtime)[-50:]
     costs = sorted(json.loads(p.read_text(encoding="utf-8")).get("seconds", 0.0) for p in recent)
     each = costs[len(costs) // 2] if costs else None
     price = f"about {each * missing / jobs / 60:.1f} minutes at {each:.1f} CPU seconds a row" if each is not None else "their cost is not known yet"
@@ -205,6 +205,10 @@ def in_fresh_process(call: Callable[..., Any], prepare: Callable[[], Any] | None
     Raises `RuntimeError` with the last line of a process that failed."""
     import cloudpickle
 
+    for function in (call, prepare):
+        home = sys.modules.get(getattr(getattr(function, "func", function), "__module__", None) or "")
+        if home is not None and not home.__name__.startswith(("__main__", "gears_nb.")):
+            cloudpickle.register_pickle_by_value(home)  # a script or a test, which the other process cannot import
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "call", Path(folder) / "answer.json"
         source.write_bytes(cloudpickle.dumps((prepare, call)))
