@@ -77,6 +77,14 @@ def _row_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def _with_rule(outcome: Any, rule: Mapping[str, Any] | None) -> str:
+    """An outcome, and in brackets the rule and the value that decided it."""
+    if not rule:
+        return str(outcome)
+    value = f"{rule['value']:.4g}" if isinstance(rule["value"], float) else rule["value"]
+    return f"{outcome} ({rule['rule']}{'' if value is None else f'; {value}'})"
+
+
 def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
     """One experiment for the terminal: heading with provenance, verdicts, metrics."""
     from rich.table import Table
@@ -90,7 +98,7 @@ def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
         metrics.pop("rows"), metrics.pop("mean_rank", None)
         view += score_tables(rows) if set(SCORE_KEYS) <= set(rows[0]) and "method" in rows[0] else [_row_table(rows)]
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, text in (*[(f"verdict {k}", str(v)) for k, v in record["verdicts"].items()], *flatten(metrics)):
+    for name, text in (*[(f"verdict {k}", _with_rule(v, record.get("rules", {}).get(k))) for k, v in record["verdicts"].items()], *flatten(metrics)):
         table.add_row(name, text)
     return [*view, table] if table.row_count else view
 
