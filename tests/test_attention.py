@@ -9,7 +9,8 @@ from scipy.stats import rankdata, spearmanr
 from gears_nb.attention import figures, measures, rules
 from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
-from gears_nb.geometry.gauge import gauge_fix
+from gears_nb.geometry import metrics
+from gears_nb.geometry.gauge import canonical, gauge_fix
 from gears_nb.models.catalogue import model_class
 from gears_nb.models.trace import AttentionTrace, values
 from gears_nb.structure.experiments import EvaluationSettings, evaluation_set
@@ -82,7 +83,7 @@ def test_ties_go_to_the_lower_number():
     side = np.arange(6.0)
     lattice = np.stack(np.meshgrid(side, 2 * side), -1).reshape(-1, 2)
     chosen = rules.query_cells(lattice, np.zeros(36), np.zeros(36))
-    near = rules.reach(rules.canonical(lattice))
+    near = rules.reach(canonical(lattice))
     assert chosen["densest"] == min(set(np.flatnonzero(near <= near.min() + rules.TIE)) - {chosen[q] for q in chosen if q.startswith("quadrant")})
     assert len(set(chosen.values())) == len(chosen) and chosen == rules.query_cells(lattice, np.zeros(36), np.zeros(36))
 
@@ -153,7 +154,7 @@ def test_footnotes_carry_the_numbers_of_the_code():
 @given(SEEDS, st.integers(2, 12))
 def test_ranks_are_those_of_scipy(seed, levels):
     a = np.random.default_rng(seed).integers(0, levels, (4, 3, 9)).astype(float)
-    assert np.array_equal(measures.mean_ranks(a), rankdata(a, axis=-1))
+    assert np.array_equal(metrics.ranks(a).mean, rankdata(a, axis=-1))
 
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")
@@ -163,9 +164,9 @@ def test_spearman_is_that_of_scipy_and_rows_do_not_mix(seed):
     a, b = rng.integers(0, 6, (5, 14)).astype(float), rng.normal(size=(5, 14)).round(1)
     valid = np.arange(14) < rng.integers(4, 15, (5, 1))
     expected = [spearmanr(x[v], y[v]).statistic for x, y, v in zip(a, b, valid)]
-    found = measures.spearman(a, b, valid)
+    found = metrics.spearman(a, b, valid, np.nan)
     assert np.allclose(found, expected, equal_nan=True, atol=1e-12)
-    assert np.allclose(measures.spearman(np.exp(a), -b, valid), -found, equal_nan=True, atol=1e-12)
+    assert np.allclose(metrics.spearman(np.exp(a), -b, valid, np.nan), -found, equal_nan=True, atol=1e-12)
 
 
 def test_rho_by_row_is_the_mean_of_scipy_over_cells(made):

@@ -526,8 +526,8 @@ def test_average_neighbours_is_smooth_expression_for_thousands():
 
 
 def test_average_neighbours_stays_close_when_neighbours_are_searched_in_lists():
-    from gears_nb.data.neighbours import EXACT_BELOW, average_neighbours
-    from gears_nb.data.preprocess import unit_rows
+    from gears_nb.data.neighbours import average_neighbours
+    from gears_nb.geometry.neighbours import EXACT_BELOW, unit_rows
 
     X, k = waves(EXACT_BELOW + 1), 20
     rows = np.random.default_rng(1).choice(len(X), 150, replace=False)

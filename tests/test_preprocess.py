@@ -20,11 +20,10 @@ from gears_nb.data.preprocess import (
     averaging_matrix,
     group_means,
     highly_variable,
-    knn_cosine,
     normalise,
     smooth_expression,
-    unit_rows,
 )
+from gears_nb.geometry.neighbours import knn
 
 
 def slide(n: int, g: int = 40, *, seed: int = 0, depth: float = 1.0, name: str | None = "one", sparse: bool = True) -> ad.AnnData:
@@ -39,66 +38,12 @@ def slide(n: int, g: int = 40, *, seed: int = 0, depth: float = 1.0, name: str |
     return adata
 
 
-# ---------------------------------------------------------------- neighbours
-
-
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(2, 30), m=st.integers(2, 30), k=st.integers(1, 40), seed=st.integers(0, 999), levels=st.integers(1, 3))
-def test_knn_is_exact_and_breaks_ties_by_index(n, m, k, seed, levels):
-    # Signed unit vectors: similarities are exactly -1, 0 or 1, so that almost everything is a tie.
-    rng = np.random.default_rng(seed)
-    A, B = (np.eye(levels)[rng.integers(0, levels, size)] * rng.choice([-1, 1], size=(size, 1)) for size in (n, m))
-    idx, sim = knn_cosine(A, B, k)
-    expected = np.argsort(-(A @ B.T), axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(idx, expected)
-    np.testing.assert_array_equal(sim, np.take_along_axis(A @ B.T, expected, 1))
-
-
-@pytest.mark.parametrize("entries", [1, 300, 10**7])
-def test_knn_does_not_depend_on_the_block_size(entries):
-    rng = np.random.default_rng(1)
-    A, B = rng.normal(size=(90, 12)), rng.normal(size=(150, 12))
-    idx, sim = knn_cosine(A, B, 9, entries=entries)
-    cosine = unit_rows(A) @ unit_rows(B).T
-    np.testing.assert_array_equal(idx, np.argsort(-cosine, axis=1, kind="stable")[:, :9])
-    assert idx.dtype == np.int64 and sim.dtype == np.float32
-    assert (np.diff(sim, axis=1) <= 0).all()
-
-
-def test_knn_self_search_never_returns_the_cell():
-    F = np.repeat(np.random.default_rng(2).normal(size=(10, 5)), 3, axis=0)
-    idx, sim = knn_cosine(F, F, 2, exclude_self=True)
-    assert (idx != np.arange(30)[:, None]).all()
-    np.testing.assert_array_equal(idx // 3, np.repeat(np.arange(10), 3)[:, None].repeat(2, 1))
-    np.testing.assert_allclose(sim, 1.0, atol=1e-6)
-    assert knn_cosine(F, F, 99, exclude_self=True)[0].shape == (30, 29)
-
-
-def test_knn_ignores_the_length_of_vectors_and_tolerates_zero_rows():
-    rng = np.random.default_rng(3)
-    A, B = rng.normal(size=(8, 6)), rng.normal(size=(20, 6))
-    scale = 2.0 ** rng.integers(-8, 8, size=(20, 1))
-    np.testing.assert_array_equal(knn_cosine(A, B, 5)[0], knn_cosine(4.0 * A, scale * B, 5)[0])
-    A[0] = 0
-    idx, sim = knn_cosine(A, B, 3)
-    np.testing.assert_array_equal(idx[0], [0, 1, 2])
-    np.testing.assert_array_equal(sim[0], 0)
-
-
-def test_knn_refuses_what_it_cannot_answer():
-    F = np.ones((3, 2))
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        knn_cosine(F, F, 0)
-    with pytest.raises(ValueError, match="same rows"):
-        knn_cosine(F, np.ones((4, 2)), 1, exclude_self=True)
-
-
 # ---------------------------------------------------------------- smoothing
 
 
 def test_smoothing_is_the_plain_mean_over_self_and_neighbours():
     F = np.random.default_rng(4).normal(size=(60, 7)).astype(np.float32)
-    idx, _ = knn_cosine(F, F, 4, exclude_self=True)
+    idx = knn(F, 4, metric="cosine")[1]
     loop = np.array([F[[i, *idx[i]]].mean(0) for i in range(60)])
     np.testing.assert_allclose(smooth_expression(F, 4), loop, atol=1e-6)
     np.testing.assert_allclose(smooth_expression(F, 4, steps=2), smooth_expression(smooth_expression(F, 4), 4), atol=1e-6)
@@ -254,7 +199,7 @@ def test_an_unmeasured_gene_filled_with_zeros_says_nothing():
 
 def test_smoothing_in_a_given_space():
     F, space = np.random.default_rng(12).normal(size=(2, 50, 6)).astype(np.float32)
-    W = averaging_matrix(knn_cosine(space, space, 4, exclude_self=True)[0], 50)
+    W = averaging_matrix(knn(space, 4, metric="cosine")[1], 50)
     np.testing.assert_allclose(smooth_expression(F, 4, 2, space=space), W @ (W @ F), atol=1e-6)
 
 

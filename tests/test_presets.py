@@ -298,7 +298,7 @@ def test_coordinates_choose_pairs_and_nothing_else(slides):
 def test_infonce_is_what_brings_physical_neighbours_together():
     some = [section(0, n=150), section(1, n=150)]
     longer = QUICK | {"epochs": 40}
-    from gears_nb.data.neighbours import neighbour_recall
+    from gears_nb.geometry.neighbours import neighbour_recall
 
     recall = {name: np.mean([neighbour_recall(h, s.obsm["spatial"], 10) for h, s in zip(fit_preset(name, some, **longer).embed(some), some)])
               for name in ("v5", "vicreg_only")}

@@ -17,12 +17,11 @@ from scipy.stats import spearmanr
 
 from gears_nb.core.config import PatchConfig, SolveConfig
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.data.neighbours import knn
+from gears_nb.geometry.neighbours import knn
 from gears_nb.geometry.gauge import gauge_fix, procrustes
 from gears_nb.models.contract import Geometry, GeometryModel, NoSettings
 from gears_nb.reconstruct.patches import build_graph, sample_patches
 from gears_nb.reconstruct.patchwise import estimate_memory, patch_geometry, reconstruct
-from gears_nb.reconstruct.solve import canonical, classical_mds, huber_solve, landmark_isomap
 from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
 
 PATCHES = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=16)
@@ -204,7 +203,7 @@ def test_connected_graph_does_not_warn(cells):
 
 
 def test_inverted_lists_agree_with_all_pairs(cells):
-    exact, fast = knn(cells[0], 8)[1], knn(cells[0], 8, exact_below=0, candidates=200)[1]
+    exact, fast = (knn(cells[0], 8, metric="cosine", exact=e, candidates=200)[1] for e in (True, False))
     assert np.mean([len(np.intersect1d(a, b)) / 8 for a, b in zip(exact, fast)]) > 0.95
 
 
@@ -259,37 +258,6 @@ def test_filters_never_starve_a_cell():
     pairs = np.stack(np.triu_indices(30, 1), 1)
     keep = keep_edges(pairs, np.ones(len(pairs), bool), np.random.default_rng(0).random(len(pairs)), 30, min_edges=4)
     assert np.bincount(pairs[keep].ravel(), minlength=30).min() >= 4 and keep.mean() < 0.5
-
-
-def test_classical_mds_is_exact_in_the_plane():
-    X = np.random.default_rng(0).normal(size=(20, 2))
-    D = np.linalg.norm(X[:, None] - X[None], axis=-1)
-    assert np.isclose(procrustes(classical_mds(D), X).error, 0, atol=1e-8)
-
-
-def test_isomap_refuses_a_graph_in_pieces():
-    import scipy.sparse as sp
-
-    with pytest.raises(InputError, match="no path"):
-        landmark_isomap(sp.csr_matrix(np.kron(np.eye(2), 1 - np.eye(5))), np.array([0, 1, 2]))
-
-
-def test_solver_ignores_a_lie(cells):
-    truth = cells[1][:120]
-    pairs = np.stack(np.triu_indices(120, 1), 1)
-    d = pdist(truth)
-    d[::10] *= 3
-    robust, square = (huber_solve(pairs, d, truth, huber_delta=h, anchor_weight=0).X for h in (0.05, 1e6))
-    assert error(robust, truth) < 0.3 * error(square, truth)
-
-
-@settings(max_examples=20, deadline=None)
-@given(angle=st.floats(0, 6.3), flip=st.booleans(), scale=st.floats(0.1, 10))
-def test_canonical_frame_is_unique(angle, flip, scale):
-    X = np.random.default_rng(0).gamma(2, size=(50, 2)) * [2, 1]
-    c, s = np.cos(angle), np.sin(angle)
-    Q = np.array([[c, s], [-s, c]]) @ np.diag([1, -1 if flip else 1])
-    assert np.allclose(canonical(scale * X @ Q + 3), canonical(X), atol=1e-8)
 
 
 def test_model_mode_is_restored_and_bad_numbers_refused(cells):

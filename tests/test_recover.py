@@ -8,18 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gears_nb.core.errors import InputError
-from gears_nb.data.neighbours import neighbour_recall
+from gears_nb.geometry.distances import point_spread, tidy_edges
 from gears_nb.geometry.gauge import gauge_fix, procrustes
+from gears_nb.geometry.mds import landmark_mds
+from gears_nb.geometry.neighbours import neighbour_recall
 from gears_nb.targets.builder import build_targets
 from gears_nb.targets.energy import energy
-from gears_nb.targets.recover import (
-    landmark_mds,
-    point_spread,
-    recover,
-    recover_sparse,
-    sparse_multiscale_graph,
-    tidy_edges,
-)
+from gears_nb.targets.recover import recover, recover_sparse, sparse_multiscale_graph
 
 
 def cloud(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -174,11 +169,11 @@ def test_sparse_robust_beats_plain_under_false_edges():
 
 def test_sparse_bad_input():
     edges = np.array([[0, 1], [1, 2], [0, 2], [3, 4], [4, 5], [3, 5]])
-    with pytest.raises(InputError, match="edges: 3 of 6 points have no path.*Remedy"):
+    with pytest.raises(InputError, match="pairs: 3 of 6 points have no path.*Remedy"):
         recover_sparse(6, edges, np.ones(6))
     with pytest.raises(InputError, match="lengths: 1 are negative or not finite"):
         recover_sparse(6, edges, np.array([1, 1, 1, 1, 1, np.inf]))
-    with pytest.raises(InputError, match="lengths: 5 lengths for 6 edges"):
+    with pytest.raises(InputError, match="lengths: 5 lengths for 6 pairs"):
         recover_sparse(6, edges, np.ones(5))
     with pytest.raises(InputError, match="number the points"):
         recover_sparse(5, edges, np.ones(6))

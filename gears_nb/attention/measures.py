@@ -15,14 +15,16 @@ from torch import Tensor
 
 from .rules import FAMILIES, edge_families, true_neighbours
 from ..core.errors import InputError
+from ..geometry.metrics import spearman
+from ..geometry.neighbours import squared_distances
 from ..models.trace import AttentionTrace, degrees, entropy, row_std, step_size
 from ..structure.gateformer import top_hits
-from ..targets.builder import GeoTargets, log_support, log_walk, squared_distances, walk_powers
+from ..targets.builder import GeoTargets, log_support, log_walk, walk_powers
 from ..targets.energy import FLOOR, SOFT_LENGTH, energy, kl_rows, masked_mean
 
 # %% auto #0
-__all__ = ['side_by_side', 'with_mean', 'mean_ranks', 'spearman', 'mean_where', 'rho_rows', 'recall', 'energy_of_distances',
-           'distance_gradient', 'both_ways', 'alignment', 'h_closeness', 'measure', 'interval']
+__all__ = ['side_by_side', 'with_mean', 'mean_where', 'rho_rows', 'recall', 'energy_of_distances', 'distance_gradient',
+           'both_ways', 'alignment', 'h_closeness', 'measure', 'interval']
 
 # %% ../../nbs/attention/03_measures.ipynb #9ab6d5ae
 def side_by_side(trace: AttentionTrace, edges: np.ndarray, fill: float = np.inf) -> np.ndarray:
@@ -39,37 +41,6 @@ def with_mean(trace_values: np.ndarray) -> np.ndarray:
     "`(R, h, ...)` -> `(R, h + 1, ...)`: the mean over heads behind the last head."
     return np.concatenate([trace_values, trace_values.mean(1, keepdims=True)], 1)
 
-# %% ../../nbs/attention/03_measures.ipynb #4715af58
-def mean_ranks(a: np.ndarray) -> np.ndarray:
-    "Ranks 1, 2, ... along the last axis, equal values sharing their mean rank; infinite values come last and share theirs."
-    order = np.argsort(a, -1)
-    s = np.take_along_axis(a, order, -1)
-    begins = np.concatenate([np.ones_like(s[..., :1], bool), s[..., 1:] != s[..., :-1]], -1)
-    place = np.broadcast_to(np.arange(s.shape[-1]), s.shape)
-    first = np.maximum.accumulate(np.where(begins, place, 0), -1)
-    ends = np.concatenate([begins[..., 1:], np.ones_like(s[..., :1], bool)], -1)
-    last = np.minimum.accumulate(np.where(ends, place, s.shape[-1])[..., ::-1], -1)[..., ::-1]
-    out = np.empty(s.shape)
-    np.put_along_axis(out, order, (first + last) / 2 + 1, -1)
-    return out
-
-
-def spearman(a: np.ndarray, b: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """Spearman's rho along the last axis of `a` and `b` (shapes broadcast), over entries that are `valid` (None: all).
-
-    NaN where it is not defined: fewer than three entries, or all of them equal on either side."""
-    valid = np.ones(a.shape[-1:], bool) if valid is None else valid
-    count = valid.sum(-1, keepdims=True)
-
-    def centred(x: np.ndarray) -> np.ndarray:
-        r = np.where(valid, mean_ranks(np.where(valid, x, np.inf)), 0.0)
-        return np.where(valid, r - r.sum(-1, keepdims=True) / np.maximum(count, 1), 0.0)
-
-    a, b = centred(a), centred(b)
-    size = np.sqrt(np.square(a).sum(-1) * np.square(b).sum(-1))
-    defined = (size > 1e-9) & (count[..., 0] > 2)
-    return np.where(defined, (a * b).sum(-1) / np.where(defined, size, 1.0), np.nan)
-
 # %% ../../nbs/attention/03_measures.ipynb #093902df
 def mean_where(x: np.ndarray) -> np.ndarray:
     "Mean over the last axis of what is defined; NaN where nothing is."
@@ -80,7 +51,7 @@ def mean_where(x: np.ndarray) -> np.ndarray:
 def rho_rows(trace: AttentionTrace, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Mean over cells of Spearman's rho between `a` and `b` `(..., E)` over the candidates of each cell; NaN if defined for none."
     valid = side_by_side(trace, np.ones(len(trace.row)), 0.0) > 0
-    return mean_where(spearman(side_by_side(trace, a), side_by_side(trace, b), valid))
+    return mean_where(spearman(side_by_side(trace, a), side_by_side(trace, b), valid, np.nan))
 
 # %% ../../nbs/attention/03_measures.ipynb #9a30a340
 def recall(trace: AttentionTrace, score: np.ndarray, near: np.ndarray) -> np.ndarray:
@@ -141,9 +112,9 @@ def alignment(trace: AttentionTrace, targets: GeoTargets, scores: Mapping[str, n
     for f, name in [*enumerate(FAMILIES), (None, "all")]:
         mine = on_graph if f is None else on_graph & (family == f)
         out[f"share/{name}"] = np.asarray(on_graph[family == f].mean() if f is not None and (family == f).any() else on_graph.mean())
-        out[f"layout/{name}"] = spearman(close[:, mine], size[:, mine])
+        out[f"layout/{name}"] = spearman(close[:, mine], size[:, mine], undefined=np.nan)
         for score, s in on_pairs.items():
-            out[f"{score}/{name}"] = spearman(s[..., mine], size.reshape(len(size), *[1] * (s.ndim - 2), -1)[..., mine])
+            out[f"{score}/{name}"] = spearman(s[..., mine], size.reshape(len(size), *[1] * (s.ndim - 2), -1)[..., mine], undefined=np.nan)
     return out
 
 # %% ../../nbs/attention/03_measures.ipynb #11d29d5c

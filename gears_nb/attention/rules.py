@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..geometry.gauge import gauge_fix
+from ..geometry.gauge import canonical, gauge_fix
+from ..geometry.neighbours import knn
 from ..models.trace import AttentionTrace, by_row
-from ..targets.builder import GeoTargets, directed_edges, neighbour_ranks, squared_distances
+from ..targets.builder import GeoTargets, directed_edges
 
 if TYPE_CHECKING:
     from gears_nb.structure.experiments import EvaluationSet
 
 # %% auto #0
 __all__ = ['MINISETS', 'SHOWN', 'NEIGHBOURS', 'CROWD', 'TIE', 'RULES', 'FAMILIES', 'footnote', 'first_minisets',
-           'true_neighbours', 'canonical', 'to_quadrants', 'reach', 'gate_entropy', 'walk_entropy', 'query_cells',
-           'edge_families']
+           'true_neighbours', 'to_quadrants', 'reach', 'gate_entropy', 'walk_entropy', 'query_cells', 'edge_families']
 
 # %% ../../nbs/attention/02_rules.ipynb #57c8385e
 MINISETS = 100    # minisets that aggregates are taken over
@@ -69,19 +69,10 @@ def first_minisets(evaluation: EvaluationSet, count: int = MINISETS) -> Iterator
 
 # %% ../../nbs/attention/02_rules.ipynb #bcc8308b
 def true_neighbours(places: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
-    "The `k` nearest cells of each by true place `(n, 2)`, nearest first, itself left out, ties by index: `(n, min(k, n - 1))`. O(n^2)."
-    X = torch.from_numpy(gauge_fix(np.asarray(places, np.float64)))[None]
-    order = neighbour_ranks(squared_distances(X), torch.ones(X.shape[:2], dtype=torch.bool))
-    return order[0, :, : min(k, len(places) - 1)].numpy()
+    "The `k` nearest cells of each by true place `(n, 2)`, nearest first, itself left out, ties by index: `(n, min(k, n - 1))`."
+    return knn(gauge_fix(np.asarray(places, np.float64)), k)[1]
 
 # %% ../../nbs/attention/02_rules.ipynb #9abee273
-def canonical(places: np.ndarray) -> np.ndarray:
-    "True places `(n, 2)` in unit-RMS gauge along their principal axes, the longer one first, each axis towards its longer tail."
-    X = gauge_fix(np.asarray(places, np.float64))
-    Y = X @ np.linalg.eigh(X.T @ X)[1][:, ::-1]
-    return Y * np.where((Y**3).sum(0) < 0, -1.0, 1.0)
-
-
 def to_quadrants(Y: np.ndarray) -> dict[str, np.ndarray]:
     "Distances `(n,)` of all cells to the centroid of each quadrant, counted counterclockwise; an empty quadrant has none."
     number = np.select([(Y[:, 0] > 0) & (Y[:, 1] > 0), (Y[:, 0] <= 0) & (Y[:, 1] > 0), (Y[:, 0] <= 0) & (Y[:, 1] <= 0)], [1, 2, 3], 4)

@@ -18,9 +18,10 @@ import scipy.sparse as sp
 from ..core.errors import InputError
 from ..core.seeding import np_rng
 from ..data.genes import match_genes
-from ..data.preprocess import Preprocessor, knn_cosine, smooth_expression
+from ..data.preprocess import Preprocessor, smooth_expression
 from ..data.validate import coordinates
 from ..geometry.gauge import gauge_fix, procrustes, rescaled
+from ..geometry.neighbours import knn_between
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,7 +59,7 @@ def smoothed(F: np.ndarray) -> np.ndarray:
 
 def knn_positions(query: np.ndarray, reference: np.ndarray, coords: np.ndarray, k: int) -> np.ndarray:
     "Mean of `coords` (m, 2) over the k nearest of `reference` (m, g) by cosine similarity, for each row of `query` (n, g): (n, 2)."
-    index, _ = knn_cosine(query, reference, k)
+    index = knn_between(query, reference, k, metric="cosine")[1]
     return coords[index].mean(1)
 
 # %% ../../nbs/benchmark/02_baselines.ipynb #8910e85a
@@ -92,7 +93,7 @@ def common_frame(coords: Sequence[np.ndarray], smooth: Sequence[np.ndarray], que
     coords = [gauge_fix(rescaled(c)) for c in coords]
     if len(coords) == 1:
         return coords, [Registration(0, 1.0, True)]
-    anchor = int(np.argmax([knn_cosine(query, s, 20)[1].mean() for s in smooth]))
+    anchor = int(np.argmin([np.square(knn_between(query, s, 20, metric="cosine")[0]).mean() for s in smooth]))
     fits = []
     for i in range(len(coords)):
         r2 = 1.0
@@ -260,12 +261,10 @@ def random_disc(task: Prepared, seed: int = 0) -> np.ndarray:
 
 def oracle_nearest_spot(reference: Sequence[AnnData], query: AnnData) -> np.ndarray:
     "True position of the reference spot nearest to each cell's true position: the limit set by the spots. One slide, same frame as the query."
-    from scipy.spatial import cKDTree
-
     if len(reference) != 1:
         raise InputError("oracle", "reference", f"{len(reference)} slides given", "the oracle needs one slide in the query's own frame")
     spots = coordinates(reference[0], "slide 1")
-    return spots[cKDTree(spots).query(coordinates(query, "query"))[1]]
+    return spots[knn_between(coordinates(query, "query"), spots, 1)[1][:, 0]]
 
 # %% ../../nbs/benchmark/02_baselines.ipynb #fae547bc
 Method = Callable[..., np.ndarray]

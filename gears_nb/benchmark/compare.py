@@ -14,7 +14,8 @@ from scipy.spatial.distance import cdist
 
 from ..core.errors import InputError
 from ..geometry.gauge import gauge_fix
-from ..geometry.metrics import METRICS, score, stress1
+from ..geometry.distances import stress1
+from ..geometry.metrics import METRICS, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,4 +175,4 @@ def risk_coverage(
     counts = [max(2, round(share * len(cells))) for share in coverage]
     order = np.argsort(-confidence[cells], kind="stable")
     kept = [np.ix_(order[:c], order[:c]) for c in counts]
-    return RiskCurve(tuple(coverage), tuple(stress1(D_hat[k].ravel(), D[k].ravel()) for k in kept))
+    return RiskCurve(tuple(coverage), tuple(stress1(D_hat[k].ravel(), D[k].ravel(), scaled=True) for k in kept))

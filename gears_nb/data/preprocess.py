@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,77 +14,17 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core.errors import GearsWarning, InputError
+from ..geometry.neighbours import knn, row_blocks
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['Matrix', 'BLOCK_ENTRIES', 'unit_rows', 'row_blocks', 'knn_cosine', 'averaging_matrix', 'smooth_expression',
-           'row_totals', 'size_factors', 'normalise', 'group_means', 'Centring', 'highly_variable', 'slide_labels',
-           'Preprocessor']
+__all__ = ['Matrix', 'averaging_matrix', 'smooth_expression', 'row_totals', 'size_factors', 'normalise', 'group_means',
+           'Centring', 'highly_variable', 'slide_labels', 'Preprocessor']
 
 # %% ../../nbs/data/04_preprocess.ipynb #db7a7799
 Matrix = np.ndarray | sp.spmatrix | sp.sparray
-
-
-def unit_rows(A: np.ndarray) -> np.ndarray:
-    """Rows of `A` (n, g) divided by their length, float32; rows of zeros stay zero."""
-    A = np.ascontiguousarray(A, dtype=np.float32)
-    length = np.sqrt(np.einsum("ng,ng->n", A, A, dtype=np.float64))[:, None]
-    return np.divide(A, length, out=np.zeros_like(A), where=length > 0, casting="unsafe")
-
-# %% ../../nbs/data/04_preprocess.ipynb #fa07a417
-BLOCK_ENTRIES = 2**23  # similarities held at once: 32 MiB of float32
-
-
-def row_blocks(n: int, width: int, entries: int = BLOCK_ENTRIES) -> Iterator[slice]:
-    """Slices that cover `range(n)`; each spans at most `entries` values of a matrix `width` wide (at least one row)."""
-    step = max(1, entries // max(1, width))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
-
-# %% ../../nbs/data/04_preprocess.ipynb #80b406f1
-def _top_k(S: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` largest of each row of the torch matrix `S` (m, n), largest first, ties to the lower column."""
-    import torch
-
-    value, index = torch.topk(S, min(k + 1, S.shape[1]), dim=1)
-    straddling = (value[:, k - 1] == value[:, -1]) if value.shape[1] > k else torch.zeros(len(S), dtype=torch.bool)
-    index, order = torch.sort(index[:, :k], dim=1)
-    value, by_value = torch.sort(value[:, :k].gather(1, order), dim=1, descending=True, stable=True)
-    index = index.gather(1, by_value)
-    if straddling.any():
-        full_value, full_index = torch.sort(S[straddling], dim=1, descending=True, stable=True)
-        value[straddling], index[straddling] = full_value[:, :k], full_index[:, :k]
-    return index.numpy(), value.numpy()
-
-# %% ../../nbs/data/04_preprocess.ipynb #bf7ade30
-def knn_cosine(
-    A: np.ndarray, B: np.ndarray, k: int, *, exclude_self: bool = False, entries: int = BLOCK_ENTRIES
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exact `k` nearest rows of `B` for every row of `A` by cosine similarity.
-
-    `A` (n, g) queries, `B` (m, g) references. Returns `idx` (n, k) int64 and `sim` (n, k) float32, most similar
-    first, ties broken by the lower index. `exclude_self`: row i of `A` may not choose row i of `B` (self-search).
-    Time O(n m g), memory O(entries + (n + m) g): linear in both. `k` is cut to the number of candidates.
-    """
-    import torch
-
-    U = unit_rows(B)
-    V = U if A is B else unit_rows(A)
-    if exclude_self and len(V) != len(U):
-        raise ValueError("exclude_self needs A and B with the same rows")
-    k = min(k, len(U) - int(exclude_self))
-    if k < 1:
-        raise ValueError("k must be at least 1 and B must hold a candidate for every row")
-    idx, sim = np.empty((len(V), k), dtype=np.int64), np.empty((len(V), k), dtype=np.float32)
-    reference = torch.from_numpy(U).T
-    for rows in row_blocks(len(V), len(U), entries):
-        S = torch.from_numpy(V[rows]) @ reference
-        if exclude_self:
-            S[torch.arange(len(S)), torch.arange(rows.start, rows.stop)] = -torch.inf
-        idx[rows], sim[rows] = _top_k(S, k)
-    return idx, sim
 
 # %% ../../nbs/data/04_preprocess.ipynb #e6fea47b
 def averaging_matrix(idx: np.ndarray, n: int) -> sp.csr_matrix:
@@ -113,9 +53,9 @@ def smooth_expression(
         return F
     if k < 1 or len(F) < 2:
         return F
-    fixed = None if space is None else averaging_matrix(knn_cosine(space, space, k, exclude_self=True)[0], len(F))
+    fixed = None if space is None else averaging_matrix(knn(space, k, metric="cosine", exact=True)[1], len(F))
     for _ in range(steps):
-        F = (averaging_matrix(knn_cosine(F, F, k, exclude_self=True)[0], len(F)) if fixed is None else fixed) @ F
+        F = (averaging_matrix(knn(F, k, metric="cosine", exact=True)[1], len(F)) if fixed is None else fixed) @ F
     return F
 
 # %% ../../nbs/data/04_preprocess.ipynb #9e5f8178

@@ -30,6 +30,7 @@ from gears_nb.encoder.probes import (
     rms_norms,
     slide_accuracy,
 )
+from ..geometry.neighbours import knn
 from ..lab.digests import code_digest
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def lag_covariances(F: np.ndarray, xy: np.ndarray, lags: Sequence[int] = LAGS) -
     from scipy.spatial import cKDTree
 
     tree = cKDTree(xy)
-    spacing = float(np.median(tree.query(xy, 2)[0][:, 1])) or 1.0
+    spacing = float(np.median(knn(xy, 1)[0])) or 1.0
     D = tree.sparse_distance_matrix(tree, (max(lags) + 0.5) * spacing, output_type="coo_matrix")
     F, out = np.asarray(F - F.mean(0), np.float64), []
     for lag in lags:

@@ -16,6 +16,7 @@ from ..core.config import EncoderConfig
 from ..core.seeding import rand, randn, stream_seed
 from ..core.training import History, train
 from ..data.neighbours import average_neighbours
+from ..geometry.neighbours import knn
 from .losses import far_pairs, spatial_infonce, vicreg
 
 # %% auto #0
@@ -91,13 +92,11 @@ class Slide:
     "Features `U` `(n, g)` of one slide with its physical neighbours `near` `(n, k)` and the `radius` beyond which spots repel."
 
     def __init__(self, U: np.ndarray, coords: np.ndarray, positives: int):
-        from sklearn.neighbors import NearestNeighbors
-
         self.U = torch.from_numpy(np.ascontiguousarray(U, dtype=np.float32))
         self.coords = torch.as_tensor(np.asarray(coords), dtype=torch.float32)
         k = min(positives, (len(U) - 1) // 2)
-        distance, index = NearestNeighbors(n_neighbors=2 * k + 1).fit(self.coords).kneighbors(self.coords)
-        self.near, self.radius = torch.from_numpy(index[:, 1 : k + 1]), float(np.median(distance[:, -1]))
+        distance, index = knn(self.coords, 2 * k)
+        self.near, self.radius = torch.from_numpy(index[:, :k]), float(np.median(distance[:, -1]))
 
     def draw(self, size: int, rng: torch.Generator) -> dict[str, Tensor]:
         "Features of `size` anchors and of one neighbour of each, and the `far` mask of the anchors."

@@ -23,10 +23,11 @@ from ..core.errors import InputError
 from ..core.seeding import randn, stream_seed
 from ..core.store import Store, content_digest
 from ..core.training import History, train
-from ..data.preprocess import Preprocessor, group_means, row_blocks
+from ..data.preprocess import Preprocessor, group_means
 from .alignment import DomainCritic, adversary_loss, coral, mmd, slide_scale
 from .losses import far_pairs, spatial_infonce, vicreg
 from .model import SharedEncoder
+from ..geometry.neighbours import knn, row_blocks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -128,17 +129,15 @@ class Places:
     "Coordinates `(n, 2)` of one slide in units of its spacing, neighbours `near` `(n, k)` of each spot, and the `radius` beyond which spots repel."
 
     def __init__(self, coords: np.ndarray, positives: int):
-        from sklearn.neighbors import NearestNeighbors
-
         xy = np.asarray(coords, dtype=np.float64)
         if len(xy) < 4 or not np.isfinite(xy).all():
             raise InputError("presets", "obsm['spatial']", f"{len(xy)} spots, or a coordinate is not finite", "train on slides with at least four located spots")
         k = min(positives, (len(xy) - 1) // 2)
-        distance, index = NearestNeighbors(n_neighbors=2 * k + 1).fit(xy).kneighbors(xy)
+        distance, index = knn(xy, 2 * k)
         reach = float(np.median(distance[:, -1])) or 1.0
         spacing = reach * math.sqrt(math.pi / (2 * k))  # a disc of radius `reach` holds 2 k spots
         self.coords = torch.as_tensor((xy - xy.mean(0)) / spacing, dtype=torch.float32)
-        self.near, self.radius = torch.from_numpy(index[:, 1 : k + 1]), reach / spacing
+        self.near, self.radius = torch.from_numpy(index[:, :k]), reach / spacing
 
     def tiles(self, size: int, rng: torch.Generator) -> Tensor:
         "All spots `(n,)` in random order, except that about `size` neighbours stay together."

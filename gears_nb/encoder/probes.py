@@ -15,10 +15,10 @@ import scipy.sparse as sp
 
 from ..core.errors import InputError
 from ..data.genes import match_genes
-from ..data.neighbours import neighbour_recall
 from ..data.preprocess import Preprocessor, row_totals
 from ..data.validate import coordinates
 from ..geometry.gauge import rescaled
+from ..geometry.neighbours import knn, neighbour_recall
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,14 +34,6 @@ def by_slide(slides: Sequence) -> Iterator[tuple[str, np.ndarray]]:
     labels, member = np.unique(np.asarray(slides).astype(str), return_inverse=True)
     for i, label in enumerate(labels):
         yield str(label), np.flatnonzero(member == i)
-
-
-def _neighbours(H: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Euclidean distances and row numbers (n, k) of each row's `k` nearest other rows."
-    from sklearn.neighbors import NearestNeighbors
-
-    H = np.asarray(H, np.float64)
-    return NearestNeighbors(n_neighbors=min(k, len(H) - 1)).fit(H).kneighbors()
 
 # %% ../../nbs/encoder/06_probes.ipynb #a363d366
 def slide_accuracy(H: np.ndarray, labels: Sequence, *, folds: int = 5, seed: int = 0) -> float:
@@ -106,7 +98,7 @@ def principal_angles(A: np.ndarray, B: np.ndarray, top: int = 10) -> np.ndarray:
 def _neighbour_shares(H: np.ndarray, slides: Sequence, k: int) -> tuple[np.ndarray, np.ndarray]:
     "Shares (n, S) of the slides among each row's `k` nearest rows, and in the whole table (S,)."
     member = np.unique(np.asarray(slides).astype(str), return_inverse=True)[1]
-    found = member[_neighbours(H, k)[1]]
+    found = member[knn(H, k, exact=True)[1]]
     return np.stack([(found == s).mean(1) for s in range(member.max() + 1)], 1), np.bincount(member) / len(member)
 
 
@@ -135,14 +127,14 @@ def neighbour_distance(H: np.ndarray, coords: np.ndarray, slides: Sequence, k: i
     out = {}
     for label, rows in by_slide(slides):
         place = rescaled(coords[rows])
-        away = np.linalg.norm(place[_neighbours(H[rows], k)[1]] - place[:, None], axis=-1)
-        out[label] = float(away.mean() / np.median(_neighbours(place, 1)[0]))
+        away = np.linalg.norm(place[knn(H[rows], k, exact=True)[1]] - place[:, None], axis=-1)
+        out[label] = float(away.mean() / np.median(knn(place, 1)[0]))
     return out
 
 # %% ../../nbs/encoder/06_probes.ipynb #e1730db0
 def spatial_weights(coords: np.ndarray, k: int = 6) -> sp.csr_matrix:
     "Row-normalised weights (n, n) of the `k` nearest spots, 1/k each."
-    index = _neighbours(rescaled(coords), k)[1]
+    index = knn(rescaled(coords), k)[1]
     n, k = index.shape
     return sp.csr_matrix((np.full(n * k, 1 / k), index.ravel(), np.arange(0, n * k + 1, k)), (n, n))
 

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from ..core.config import MetricConfig
 from ..core.errors import InputError
 from ..core.seeding import np_rng
-from ..data.neighbours import knn, squared_distances_to
+from ..geometry.neighbours import knn, squared_distances_to
 from .model import CONTEXT_SHARE, principal_axes
 
 # %% auto #0
@@ -27,10 +27,8 @@ SPARE = 12  # ties that a neighbourhood may hold beyond its size
 
 def neighbour_graph(coords: np.ndarray, k: int) -> sp.csr_matrix:
     "Symmetric weights `(n, n)` of the `k` physical nearest neighbours of `coords` `(n, 2)`, with all that tie with the last; they sum to n."
-    from sklearn.neighbors import NearestNeighbors
-
     n, k = len(coords), min(k, len(coords) - 1)
-    distance, index = NearestNeighbors(n_neighbors=min(k + SPARE, n - 1)).fit(np.asarray(coords, np.float64)).kneighbors()
+    distance, index = knn(coords, k + SPARE)
     near = distance <= distance[:, k - 1 : k] * (1 + 1e-5)  # on a lattice, which of the tied neighbours came first would depend on the frame
     rows = np.repeat(np.arange(n), near.sum(1))
     A = sp.csr_matrix((1 / near.sum(1)[rows], (rows, index[near])), (n, n))
@@ -83,7 +81,7 @@ def with_context(F: np.ndarray, space: np.ndarray, k: int) -> np.ndarray:
 
     `k` is at most `n // 25`, but 5; `k = 0` gives `F` alone, centred."""
     if k:
-        index = knn(space, min(k, max(5, len(F) // CONTEXT_SHARE)))[1]
+        index = knn(space, min(k, max(5, len(F) // CONTEXT_SHARE)), metric="cosine")[1]
         A = sp.csr_matrix((np.full(index.size, 1 / index.shape[1]), index.ravel(), np.arange(0, index.size + 1, index.shape[1])), (len(F),) * 2)
         F = np.concatenate([F, A @ F], axis=1)
     return F - F.mean(0)

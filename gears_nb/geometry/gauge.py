@@ -14,7 +14,7 @@ import torch
 from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['Array', 'rms', 'gauge_fix', 'Alignment', 'procrustes', 'rescaled']
+__all__ = ['Array', 'rms', 'gauge_fix', 'Alignment', 'procrustes', 'canonical', 'rescaled']
 
 # %% ../../nbs/geometry/01_gauge.ipynb #3925c3ce
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -122,6 +122,14 @@ def procrustes(X: Array, Y: Array, mask: Array | None = None, scale: bool = Fals
     if not isinstance(X, np.ndarray):
         return out
     return Alignment(*(getattr(out, f).numpy() for f in ("aligned", "rotation", "scale", "translation", "error")))
+
+# %% ../../nbs/geometry/01_gauge.ipynb #f0a1c002
+def canonical(X: np.ndarray) -> np.ndarray:
+    "`X` (n, d) in unit-RMS gauge, turned to its principal axes, the longest first, each with non-negative skewness."
+    X = gauge_fix(np.asarray(X, float))
+    _, axes = np.linalg.eigh(X.T @ X)
+    X = X @ axes[:, ::-1]
+    return X * np.where((X**3).sum(0) < 0, -1.0, 1.0)
 
 # %% ../../nbs/geometry/01_gauge.ipynb #2e323471
 def rescaled(xy: np.ndarray) -> np.ndarray:

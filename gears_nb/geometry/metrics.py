@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist, pdist
 
 from ..core.errors import InputError
+from .distances import optimal_scale, stress1
 from .gauge import gauge_fix, procrustes, rescaled
+from .neighbours import knn
 
 # %% auto #0
-__all__ = ['METRICS', 'NEIGHBOURS', 'TOLERANCE', 'SHELLS', 'Ranks', 'ranks', 'pearson', 'spearman', 'optimal_scale', 'stress1',
-           'neighbours', 'contact_radius', 'edge_scores', 'shell_f1', 'trustworthiness', 'directions', 'swd', 'w1_knn',
-           'scale_error', 'calibration_error', 'local_rmse', 'score']
+__all__ = ['METRICS', 'NEIGHBOURS', 'TOLERANCE', 'SHELLS', 'Ranks', 'ranks', 'pearson', 'spearman', 'contact_radius',
+           'edge_scores', 'shell_f1', 'trustworthiness', 'directions', 'swd', 'w1_knn', 'scale_error',
+           'calibration_error', 'local_rmse', 'score']
 
 # %% ../../nbs/geometry/06_metrics.ipynb #c6f965d6
 METRICS: Mapping[str, int] = {
@@ -36,59 +37,54 @@ TOLERANCE = 1e-9
 
 
 class Ranks(NamedTuple):
-    "1-based ranks of a vector: `mean` and `last` of each tie group."
+    "1-based ranks along the last axis: `mean` and `last` of each tie group."
 
     mean: np.ndarray
     last: np.ndarray
 
 
 def ranks(x: np.ndarray) -> Ranks:
-    "Mean and last rank (both (n,)) of every entry of x among all entries, ties sharing."
-    order = np.argsort(x)
-    fresh = np.r_[True, np.diff(x[order]) > 0]
-    group, first = np.cumsum(fresh) - 1, np.flatnonzero(fresh)
-    last = np.r_[first[1:], len(x)]
-    out = Ranks(np.empty(len(x)), np.empty(len(x)))
-    out.mean[order], out.last[order] = ((first + 1 + last) / 2)[group], last[group]
+    "Mean and last rank of every entry of x `(..., n)` along the last axis, ties sharing; infinite values come last and share theirs."
+    order = np.argsort(x, -1)
+    s, place = np.take_along_axis(x, order, -1), np.arange(x.shape[-1])
+    fresh = np.concatenate([np.ones_like(s[..., :1], bool), s[..., 1:] != s[..., :-1]], -1)
+    ends = np.concatenate([fresh[..., 1:], np.ones_like(s[..., :1], bool)], -1)
+    first = np.maximum.accumulate(np.where(fresh, place, 0), -1)
+    last = np.minimum.accumulate(np.where(ends, place, len(place))[..., ::-1], -1)[..., ::-1] + 1
+    out = Ranks(np.empty(s.shape), np.empty(s.shape))
+    np.put_along_axis(out.mean, order, (first + 1 + last) / 2, -1)
+    np.put_along_axis(out.last, order, last, -1)
     return out
 
 # %% ../../nbs/geometry/06_metrics.ipynb #15d76363
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    "Pearson correlation of two vectors; 0 where either is constant."
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 1e-12 else 0.0
+def _centred(x: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    "`x` minus its mean over the last axis, 0 where not `valid`."
+    if valid is None:
+        return x - x.mean(-1, keepdims=True)
+    x = np.where(valid, x, 0.0)
+    return np.where(valid, x - x.sum(-1, keepdims=True) / np.maximum(valid.sum(-1, keepdims=True), 1), 0.0)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    "Spearman rank correlation (mean ranks on ties); 0 where either is constant."
-    return pearson(ranks(a).mean, ranks(b).mean)
+def pearson(a: np.ndarray, b: np.ndarray, valid: np.ndarray | None = None, undefined: float = 0.0) -> Any:
+    """Pearson correlation along the last axis of `a` and `b` (shapes broadcast), over entries that are `valid` (None: all): a float for vectors.
 
-# %% ../../nbs/geometry/06_metrics.ipynb #70037cdc
-def optimal_scale(d_hat: np.ndarray, d: np.ndarray) -> float:
-    "The s that minimises |s d_hat - d|; 0 for a prediction collapsed to a point."
-    square = d_hat @ d_hat
-    return float(d_hat @ d / square) if square > 1e-24 else 0.0
+    `undefined` (default 0) where it is not defined: fewer than three entries, or either side constant."""
+    a, b = _centred(a, valid), _centred(b, valid)
+    size = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    defined = (size > 1e-12) & ((a.shape[-1] if valid is None else valid.sum(-1)) > 2)
+    out = np.where(defined, (a * b).sum(-1) / np.where(defined, size, 1.0), undefined)
+    return float(out) if out.ndim == 0 else out
 
 
-def stress1(d_hat: np.ndarray, d: np.ndarray) -> float:
-    "Kruskal's Stress-1 after the optimal scale: 0 is perfect, 1 is a collapse to a point."
-    residual = optimal_scale(d_hat, d) * d_hat - d
-    return float(np.sqrt(residual @ residual / (d @ d)))
+def spearman(a: np.ndarray, b: np.ndarray, valid: np.ndarray | None = None, undefined: float = 0.0) -> Any:
+    "Spearman rank correlation (mean ranks on ties): `pearson` of the ranks, arguments as there."
+    a, b = (ranks(x if valid is None else np.where(valid, x, np.inf)).mean for x in (a, b))
+    return pearson(a, b, valid, undefined)
 
 # %% ../../nbs/geometry/06_metrics.ipynb #70992c37
-def neighbours(X: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Distances and indices (n, k) of the k nearest other points, nearest first."
-    dist, index = cKDTree(X).query(X, k=k + 1)
-    self_hit = index == np.arange(len(X))[:, None]
-    self_hit[~self_hit.any(1), -1] = True           # among coincident points the own index may not be listed
-    keep = ~self_hit
-    return dist[keep].reshape(len(X), k), index[keep].reshape(len(X), k)
-
-
 def contact_radius(X: np.ndarray, k: int = NEIGHBOURS) -> float:
     "R_k: median distance to the k-th nearest neighbour."
-    return float(np.median(neighbours(X, min(k, len(X) - 1))[0][:, -1]))
+    return float(np.median(knn(X, k)[0][:, -1]))
 
 # %% ../../nbs/geometry/06_metrics.ipynb #e816190d
 def edge_scores(d_hat: np.ndarray, contact: np.ndarray, ranked: Ranks | None = None) -> tuple[float, float]:
@@ -156,17 +152,17 @@ def directions(dim: int, count: int = 128) -> np.ndarray:
 
 
 def swd(X: np.ndarray, Y: np.ndarray) -> float:
-    "Sliced 2-Wasserstein distance of two equally large clouds (n, d), as they lie."
-    slices = directions(X.shape[1]).T
-    gap = np.sort(X @ slices, axis=0) - np.sort(Y @ slices, axis=0)
-    return float(np.sqrt(np.mean(gap**2)))
+    "Sliced 2-Wasserstein distance of two clouds (n, d) and (m, d), as they lie, along the fixed `directions`. Source: POT."
+    import ot
+
+    return float(ot.sliced_wasserstein_distance(X, Y, projections=directions(X.shape[1]).T, p=2))
 
 
 def w1_knn(X: np.ndarray, Y: np.ndarray, k: int = NEIGHBOURS) -> float:
-    "W1 between the distributions of the k-th neighbour distance of two equally large clouds."
-    k = min(k, len(X) - 1)
-    radius_x, radius_y = (np.sort(neighbours(Z, k)[0][:, -1]) for Z in (X, Y))
-    return float(np.abs(radius_x - radius_y).mean())
+    "W1 between the distributions of the k-th neighbour distance of two clouds. Source: POT."
+    import ot
+
+    return float(ot.wasserstein_1d(knn(X, k)[0][:, -1], knn(Y, k)[0][:, -1], p=1))
 
 # %% ../../nbs/geometry/06_metrics.ipynb #e72394a4
 def scale_error(d_hat: np.ndarray, d: np.ndarray, radius: float) -> float:
@@ -187,7 +183,7 @@ def calibration_error(d_hat: np.ndarray, d: np.ndarray, bins: int = 20, ranked: 
 
 def local_rmse(X: np.ndarray, Y: np.ndarray, k: int) -> float:
     "Mean over cells of the RMS error of the distances to the k true neighbours (X predicted, Y true, same gauge)."
-    d, index = neighbours(Y, min(k, len(Y) - 1))
+    d, index = knn(Y, k)
     d_hat = np.linalg.norm(X[:, None] - X[index], axis=-1)
     return float(np.sqrt(((d_hat - d) ** 2).mean(1)).mean())
 
@@ -225,7 +221,7 @@ def score(pred: np.ndarray, true: np.ndarray, seed: int = 0, max_cells: int = 30
     ranked = ranks(d_hat)
     auc, bap = edge_scores(d_hat, d <= radius, ranked)
     row = {
-        "spearman": pearson(ranked.mean, ranks(d).mean), "pearson": pearson(d_hat, d), "stress1": stress1(d_hat, d),
+        "spearman": pearson(ranked.mean, ranks(d).mean), "pearson": pearson(d_hat, d), "stress1": stress1(d_hat, d, scaled=True),
         "edge_auc": auc, "bap": bap, "shell_f1": shell_f1(d_hat, d, radius),
         "trust20": trustworthiness(X, Y), "cont20": trustworthiness(Y, X), "swd": swd(X, Y), "w1_knn": w1_knn(X, Y),
         "scale_error": scale_error(d_hat, d, radius), "calibration_error": calibration_error(d_hat, d, ranked=ranked),

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core.seeding import np_rng
-from ..data.neighbours import squared_distances_to
+from ..geometry.neighbours import squared_distances_to
 from ..data.preprocess import row_totals
 
 if TYPE_CHECKING:

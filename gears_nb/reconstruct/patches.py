@@ -15,22 +15,10 @@ from scipy.sparse.csgraph import connected_components
 
 from ..core.errors import GearsWarning, InputError
 from ..core.seeding import np_rng
-from ..data.neighbours import knn, nearest_centre, squared_distances_to
-from ..data.preprocess import unit_rows
+from ..geometry.neighbours import knn, list_jaccard, nearest_centre, squared_distances_to, unit_rows
 
 # %% auto #0
-__all__ = ['jaccard', 'CellGraph', 'build_graph', 'choose_landmarks', 'random_walks', 'Patches', 'sample_patches']
-
-# %% ../../nbs/reconstruct/01_patches.ipynb #6aefcf60
-def jaccard(index: np.ndarray, i: np.ndarray, j: np.ndarray, block: int = 65_536) -> np.ndarray:
-    "Jaccard overlap (E,) of the closed neighbour lists of `i` and `j` (E,), lists `index` (N, k)."
-    closed = np.concatenate([np.arange(len(index), dtype=index.dtype)[:, None], index], axis=1)
-    out = np.empty(len(i), np.float32)
-    for s in range(0, len(i), block):
-        a, b = closed[i[s : s + block]], closed[j[s : s + block]]
-        shared = (a[:, :, None] == b[:, None, :]).sum((1, 2))
-        out[s : s + block] = shared / (2 * closed.shape[1] - shared)
-    return out
+__all__ = ['CellGraph', 'build_graph', 'choose_landmarks', 'random_walks', 'Patches', 'sample_patches']
 
 # %% ../../nbs/reconstruct/01_patches.ipynb #b63fa423
 @dataclass(frozen=True)
@@ -110,11 +98,11 @@ def build_graph(H: np.ndarray, k: int = 15, jaccard_min: float = 0.1, *, seed: i
     H = np.asarray(H)
     if H.ndim != 2 or len(H) < 2 or not np.isfinite(H).all():
         raise InputError("embedding", "H", f"needs at least 2 finite rows, got shape {H.shape}", "encode the cells first and drop all-zero ones")
-    N, (dist, index) = len(H), knn(H, k, seed=seed)
+    N, (dist, index) = len(H), knn(H, k, metric="cosine", seed=seed)
     i, j, d = np.repeat(np.arange(N), index.shape[1]), index.ravel().astype(np.int64), dist.ravel()
     code = i * N + j
     keep = np.isin(code, j * N + i)
-    keep[keep] = jaccard(index, i[keep], j[keep]) >= jaccard_min
+    keep[keep] = list_jaccard(index, i[keep], j[keep]) >= jaccard_min
     isolated = np.setdiff1d(np.arange(N), i[keep])
     keep[isolated * index.shape[1]] = True
     kept, bridges = _join(N, (i[keep], j[keep], d[keep]), (i, j, d))

@@ -21,10 +21,10 @@ from ..core.errors import GearsWarning, InputError
 from ..core.progress import progress as progress_bar
 from ..core.progress import working
 from ..core.seeding import torch_rng
-from ..geometry.gauge import gauge_fix, rms
+from ..geometry.distances import Solution, solve_distances, start_layout
+from ..geometry.gauge import canonical, gauge_fix, rms
 from .even import even_out
 from .patches import CellGraph, Patches, build_graph, sample_patches
-from .solve import Solution, canonical, huber_solve, landmark_isomap
 from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
 
 if TYPE_CHECKING:
@@ -213,10 +213,11 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
         stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
         clock("stitch")
     with working("solving one map", progress, expected=SECONDS["solve"] * len(H)):
-        start = landmark_isomap(stitched.csr(len(H)), _start_landmarks(cover, solve.landmarks))
+        short = stitched.distance.astype(np.float32)  # a start needs no more digits, and half the memory
+        start = start_layout(len(H), stitched.pairs, short, _start_landmarks(cover, solve.landmarks), how="lateration")
         clock("start")
-        solution = huber_solve(stitched.pairs, stitched.distance, start, weight=_pair_weights(stitched.spread), iterations=solve.iterations,
-                               huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
+        solution = solve_distances(stitched.pairs, stitched.distance, start, mode="robust", weight=_pair_weights(stitched.spread),
+                                   iterations=solve.iterations, huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
         clock("solve")
     about = {**_describe(graph, cover, stitched, solution, rows), "memory_estimate": need, "seconds": clock.seconds}
     return _finish(stitched, solution, order, about, solve.even)

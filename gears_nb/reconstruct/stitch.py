@@ -12,8 +12,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import LinearOperator, cg
 
 from ..core.seeding import np_rng
-from ..data.neighbours import squared_distances_to
-from ..data.preprocess import unit_rows
+from ..geometry.neighbours import squared_distances_to, unit_rows
 from .patches import CellGraph, Patches, random_walks
 
 # %% auto #0

@@ -57,9 +57,9 @@ def _dense_log(adata: AnnData) -> np.ndarray:
 
 def informative_genes(adata: AnnData, xy: np.ndarray, count: int = 8, max_cells: int = 3000) -> list[str]:
     """The `count` genes with the strongest spatial autocorrelation on positions `xy` (n, 2)."""
-    from scipy.spatial import cKDTree
+    from gears_nb.geometry.neighbours import knn
     keep = np.linspace(0, len(xy) - 1, min(len(xy), max_cells)).astype(int)
-    X, near = _dense_log(adata[keep]), cKDTree(xy[keep]).query(xy[keep], k=min(9, len(keep)))[1][:, 1:]
+    X, near = _dense_log(adata[keep]), knn(xy[keep], 8)[1]
     top = np.argsort(-X.var(0), kind="stable")[:300]
     Z = X[:, top] - X[:, top].mean(0)
     M = Z[near].mean(1)

@@ -37,7 +37,8 @@ from .gate import GateLogits, off_diagonal, oracle_edges
 from .gateformer import gate_metrics
 from .graphs import candidate_recall
 from .rungs import Rung, rung
-from ..targets.builder import GeoTargets, build_targets, pair_mask, squared_distances
+from ..geometry.neighbours import pair_mask, squared_distances
+from ..targets.builder import GeoTargets, build_targets
 from ..targets.energy import energy, masked_mean
 
 if TYPE_CHECKING:

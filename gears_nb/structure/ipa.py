@@ -15,7 +15,7 @@ from ..core.seeding import rand, randn
 from ..geometry.gauge import gauge_fix
 from ..models.contract import GeometryModel
 from .gate import GateLogits, candidate_pairs
-from ..targets.builder import squared_distances
+from ..geometry.neighbours import squared_distances
 from ..targets.energy import masked_mean
 
 # %% auto #0

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import InputError
 from ..geometry.gauge import gauge_fix
+from ..geometry.neighbours import TIE, knn, neighbour_ranks, pair_mask, quick_argsort, squared_distances
 
 # %% auto #0
-__all__ = ['TIE', 'adaptive_k', 'adaptive_steps', 'adaptive_landmarks', 'squared_distances', 'pair_mask', 'ordered_ties',
-           'neighbour_ranks', 'directed_edges', 'log_support', 'log_walk', 'log_random_walk', 'walk_powers',
-           'farthest_landmarks', 'hashed_uniform', 'ring_edges', 'pack_edges', 'slide_neighbours', 'miniset_rows',
-           'merge_slide', 'GeoTargets', 'build_targets']
+__all__ = ['adaptive_k', 'adaptive_steps', 'adaptive_landmarks', 'directed_edges', 'log_support', 'log_walk', 'log_random_walk',
+           'walk_powers', 'farthest_landmarks', 'hashed_uniform', 'ring_edges', 'pack_edges', 'slide_neighbours',
+           'miniset_rows', 'merge_slide', 'GeoTargets', 'build_targets']
 
 # %% ../../nbs/targets/01_builder.ipynb #6b789a80
 def adaptive_k(n: int | Tensor) -> int | Tensor:
@@ -40,48 +40,6 @@ def adaptive_landmarks(n: int | Tensor) -> int | Tensor:
     if isinstance(n, Tensor):
         return torch.minimum((n // 16).clamp(min=8), n)
     return min(max(8, n // 16), n)
-
-# %% ../../nbs/targets/01_builder.ipynb #6feef1f6
-TIE = 2**10  # rounding units of relative difference below which two squared distances are equal
-
-
-def squared_distances(X: Tensor) -> Tensor:
-    "All squared distances `(..., n, n)` of points `(..., n, d)`, exactly symmetric with an exactly zero diagonal."
-    apart = [x[..., :, None] - x[..., None, :] for x in X.unbind(-1)]
-    total = apart[0].square()
-    for a in apart[1:]:
-        total = torch.addcmul(total, a, a)
-    return total
-
-
-def pair_mask(mask: Tensor) -> Tensor:
-    "Pairs `(B, n, n)` of two real spots, from the spot mask `(B, n)`."
-    return mask[:, :, None] & mask[:, None, :]
-
-
-def _argsort(x: Tensor) -> Tensor:
-    "Row-wise argsort, order of equals left open (numpy's is several times faster than torch's on a CPU)."
-    return torch.from_numpy(np.argsort(x.numpy(), -1)) if x.device.type == "cpu" else x.argsort(-1)
-
-
-def ordered_ties(values: Tensor, order: Tensor) -> Tensor:
-    "The indices `order` `(..., m)`, whose `values` ascend, with every run of equal values (up to `TIE`) put in index order."
-    slack = 1 + TIE * torch.finfo(values.dtype).eps
-    step = values[..., :-1] * slack < values[..., 1:]
-    n = int(order.max()) + 1
-    kind = torch.int32 if n * order.shape[-1] < 2**31 else torch.int64
-    base = torch.nn.functional.pad(step.cumsum(-1, dtype=kind), (1, 0)).mul_(n)  # (group, index) as one integer
-    key = base + order.to(kind)
-    key = torch.from_numpy(np.sort(key.numpy(), -1)) if key.device.type == "cpu" else key.sort(-1).values
-    return (key - base).long()
-
-
-def neighbour_ranks(d2: Tensor, mask: Tensor) -> Tensor:
-    "Indices `(B, n, n)` of all spots ordered by distance: real others first (ties by index), then the spot itself and padding."
-    eye = torch.eye(d2.shape[-1], dtype=torch.bool, device=d2.device)
-    far = d2.masked_fill(~pair_mask(mask) | eye, torch.inf)
-    order = _argsort(far)
-    return ordered_ties(far.gather(-1, order), order)
 
 # %% ../../nbs/targets/01_builder.ipynb #0e70ae02
 def directed_edges(knn_edges: Tensor, knn_mask: Tensor) -> Tensor:
@@ -170,22 +128,12 @@ def pack_edges(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return edges, torch.arange(edges.shape[1], device=edges.device) < counts[:, None]
 
 # %% ../../nbs/targets/01_builder.ipynb #a3slide1
-def slide_neighbours(coords: np.ndarray | Tensor, k: int, spare: int = 24) -> Tensor:
-    """The `k` nearest spots of every spot of a slide `(N, 2)`, itself excluded: `(N, k)`, `k` at most `N - 1`, ties by index.
-
-    Memory O(N k). `spare` more are looked at, so that ties at the k-th place are cut by index. Raises `InputError` if not finite."""
-    from scipy.spatial import cKDTree
-
+def slide_neighbours(coords: np.ndarray | Tensor, k: int) -> Tensor:
+    "The `k` nearest spots of every spot of a slide `(N, 2)`: `(N, k)`, as `knn` finds them. Memory O(N k). Raises `InputError` if not finite."
     X = np.asarray(coords, np.float64)
     if not np.isfinite(X).all():
         raise InputError("slide_neighbours", "coords", "NaN or infinite coordinates", "drop spots without a position")
-    X = X - X.mean(0)
-    k = min(k, len(X) - 1)
-    order = torch.from_numpy(cKDTree(X).query(X, min(k + 1 + spare, len(X)))[1])
-    d2 = sum((torch.from_numpy(X[:, c])[:, None] - torch.from_numpy(X[:, c])[order]).square() for c in range(X.shape[1]))
-    own = order == torch.arange(len(X))[:, None]
-    d2, rank = d2.masked_fill(own, torch.inf).sort(-1)  # the spot itself goes last
-    return ordered_ties(d2, order.gather(1, rank))[:, :k]
+    return torch.from_numpy(knn(X - X.mean(0), k)[1])
 
 
 def miniset_rows(neighbours: Tensor, index: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -212,7 +160,7 @@ def merge_slide(ranks: Tensor, slide_knn: Tensor, mask: Tensor) -> tuple[Tensor,
     key = torch.empty_like(ranks).scatter_(2, ranks, (K + rows).expand(B, n, n))
     first = torch.where(here, torch.arange(K, device=mask.device), K + n)
     key.scatter_reduce_(2, target, first, "amin")
-    merged = _argsort(key)
+    merged = quick_argsort(key)
     return merged, (key < K).sum(-1)
 
 # %% ../../nbs/targets/01_builder.ipynb #93541b55

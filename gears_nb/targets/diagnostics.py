@@ -17,7 +17,8 @@ from ..core.errors import InputError
 from ..data.minisets import miniset_indices
 from ..data.registry import SIMULATED, data_root, load_protocol, verify
 from ..geometry.gauge import gauge_fix
-from .builder import GeoTargets, adaptive_k, build_targets, squared_distances
+from ..geometry.neighbours import jaccard, neighbour_sets, squared_distances
+from .builder import GeoTargets, adaptive_k, build_targets
 from gears_nb.targets.families import (
     FAMILIES,
     DistributionTargets,
@@ -31,9 +32,9 @@ from gears_nb.targets.families import (
 
 # %% auto #0
 __all__ = ['SECTIONS', 'ARRAYS', 'REGION_COLUMNS', 'LEADING', 'LEVELS', 'SIGNATURES', 'Section', 'present', 'load_section',
-           'draw_minisets', 'neighbour_sets', 'jaccard', 'walk_spectrum', 'walk_entropy', 'quantiles', 'f1_signature',
-           'f2_signature', 'f3_signature', 'f4_signature', 'f5_signature', 'f6_signature', 'f7_signature',
-           'gram_signature', 'signatures', 'tie_share']
+           'draw_minisets', 'walk_spectrum', 'walk_entropy', 'quantiles', 'f1_signature', 'f2_signature',
+           'f3_signature', 'f4_signature', 'f5_signature', 'f6_signature', 'f7_signature', 'gram_signature',
+           'signatures', 'tie_share']
 
 # %% ../../nbs/targets/06_stability.ipynb #6720f6fa
 SECTIONS: dict[str, str] = {
@@ -118,19 +119,6 @@ def draw_minisets(coords: np.ndarray, n: int, count: int, rng: torch.Generator, 
 
 # %% ../../nbs/targets/06_stability.ipynb #e9db307e
 LEADING = 16
-
-
-def neighbour_sets(coords: Tensor, k: int) -> Tensor:
-    "Boolean (B, n, n): is j one of the `k` nearest of i (ties by index, never itself)?"
-    d2 = squared_distances(coords)
-    far = d2.masked_fill(torch.eye(d2.shape[-1], dtype=torch.bool, device=d2.device), torch.inf)
-    near = far.sort(dim=-1, stable=True).indices[..., :k]
-    return torch.zeros_like(d2, dtype=torch.bool).scatter_(2, near, True)
-
-
-def jaccard(A: Tensor, B: Tensor) -> Tensor:
-    "Mean over spots of shared over all neighbours of two neighbour indicators (B, n, n): (B,)."
-    return ((A & B).sum(-1) / (A | B).sum(-1).clamp(min=1)).mean(-1)
 
 
 def walk_spectrum(T: Tensor, leading: int = LEADING) -> Tensor:

@@ -5,46 +5,38 @@
 # %% ../../nbs/targets/04_recover.ipynb #cf5bb6b6
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.seeding import np_rng
+from gears_nb.geometry.distances import (
+    Solution,
+    base_weights,
+    edge_vectors,
+    fit_edges,
+    gauged,
+    no_path,
+    path_graph,
+    path_rows,
+    solve_distances,
+    stress1,
+    tidy_edges,
+    vote,
+)
 from ..geometry.gauge import gauge_fix, procrustes
+from ..geometry.mds import landmark_mds
+from ..geometry.neighbours import knn
 from .builder import GeoTargets
 
 # %% auto #0
-__all__ = ['THIN', 'SOFT', 'LENIENT', 'OUTLIER', 'StepOf', 'GROUP_ENTRIES', 'SHARED', 'landmark_mds', 'direct_rows', 'path_graph',
-           'path_rows', 'no_path', 'landmark_rows', 'edge_vectors', 'normal_equations', 'base_weights', 'vote',
-           'point_spread', 'cholesky_step', 'fit_edges', 'Recovered', 'relative_misfit', 'landmark_start', 'recover',
-           'gauged', 'cg_step', 'tidy_edges', 'trusted', 'spread_paths', 'hub_rows', 'graph_start', 'recover_sparse',
+__all__ = ['GROUP_ENTRIES', 'direct_rows', 'landmark_rows', 'landmark_start', 'recover', 'recover_sparse',
            'sparse_multiscale_graph']
-
-# %% ../../nbs/targets/04_recover.ipynb #70063870
-THIN = 1e-7  # smallest second eigenvalue, relative to the first
-
-
-def landmark_mds(D: Tensor, marks: Tensor, ok: Tensor) -> Tensor:
-    """Coordinates `(B, n, 2)` from distances `D` `(B, m, n)` of landmarks `marks` `(B, m)`, valid where `ok`, to all points.
-
-    Exact in the plane. Source: de Silva & Tenenbaum 2004."""
-    w = ok.to(D.dtype)
-    square = D.square() * w[..., None]
-    among = square.gather(2, marks[:, None].expand(-1, marks.shape[1], -1)) * w[:, None]
-    among, count = (among + among.transpose(1, 2)) / 2, w.sum(1)[:, None]
-    mu = among.sum(1) / count
-    centre = (mu * w).sum(1, keepdim=True) / count
-    gram = -(among - mu[:, :, None] - mu[:, None] + centre[..., None]) / 2 * w[:, :, None] * w[:, None]
-    value, vector = torch.linalg.eigh(gram)
-    value, vector = value[:, -2:].flip(-1), vector[..., -2:].flip(-1)
-    floor = (THIN * value[:, :1]).clamp(min=torch.finfo(D.dtype).tiny)
-    axes = vector / torch.maximum(value, floor).sqrt()[:, None]
-    return -(square - (mu * w)[..., None]).transpose(1, 2) @ axes / 2
 
 # %% ../../nbs/targets/04_recover.ipynb #8f62be01
 def direct_rows(targets: GeoTargets) -> Tensor:
@@ -64,26 +56,6 @@ def direct_rows(targets: GeoTargets) -> Tensor:
     return table.scatter(2, targets.landmarks[..., None], 0.0)
 
 # %% ../../nbs/targets/04_recover.ipynb #18554a88
-def path_graph(n: int, edges: np.ndarray, lengths: np.ndarray) -> sp.csr_matrix:
-    "Symmetric sparse matrix of distinct `edges` `(E, 2)`; a zero length becomes a tiny one, since zeros mean no edge."
-    i, j = edges.T
-    tiny = 1e-12 * lengths.max(initial=1e-300)
-    return sp.coo_matrix((np.tile(np.maximum(lengths, tiny), 2), (np.concatenate([i, j]), np.concatenate([j, i]))), (n, n)).tocsr()
-
-
-def path_rows(graph: sp.csr_matrix, marks: np.ndarray) -> np.ndarray:
-    "Shortest-path distances `(m, n)` from points `marks`; infinite where no path leads."
-    from scipy.sparse.csgraph import dijkstra
-
-    return dijkstra(graph, indices=np.asarray(marks))
-
-
-def no_path(source: str, field: str, lost: int, n: int) -> InputError:
-    "The error for points that cannot be placed."
-    return InputError(source, field, f"{lost} of {n} points have no path to every landmark",
-                      "add edges that join the parts (landmark edges do), or recover each connected part alone")
-
-
 def landmark_rows(targets: GeoTargets) -> Tensor:
     "Distances `(B, m, n)` from landmarks to points: edge lengths, shortest paths where there is no edge, 0 in padding."
     rows, real = direct_rows(targets), targets.mask
@@ -98,144 +70,7 @@ def landmark_rows(targets: GeoTargets) -> Tensor:
             raise no_path("recover", f"multiscale_edges of miniset {b}", lost, int(real[b].sum()))
     return rows.nan_to_num(0.0)
 
-# %% ../../nbs/targets/04_recover.ipynb #5a705f4c
-SOFT = 0.25    # lengths below this share of the median length are not weighted more than it
-LENIENT = 0.3  # a point's own spread is trusted up to here
-OUTLIER = 3.0  # relative errors beyond about this many spreads lose their vote
-
-
-def edge_vectors(X: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    "Unit directions `(B, E, 2)` and lengths `(B, E)` of `edges` `(B, E, 2)` between points `X` `(B, n, 2)`."
-    ends = X.gather(1, edges.flatten(1)[..., None].expand(-1, -1, 2)).unflatten(1, (-1, 2))
-    diff = ends[:, :, 0] - ends[:, :, 1]
-    d = diff.square().sum(-1).sqrt()
-    return diff / d.clamp(min=1e-12)[..., None], d
-
-
-def normal_equations(u: Tensor, r: Tensor, w: Tensor, edges: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    "Gauss-Newton matrix `(B, 2n, 2n)` and gradient `(B, 2n)`, coordinates ordered x first, then y. Edges must be distinct."
-    B, flat = len(u), edges[..., 0] * n + edges[..., 1]
-    H = u.new_zeros(B, 2, n, 2, n)
-    for a, b in ((0, 0), (0, 1), (1, 1)):
-        M = u.new_zeros(B, n * n).scatter_add(1, flat, w * u[..., a] * u[..., b]).view(B, n, n)
-        M = M + M.transpose(1, 2)
-        H[:, a, :, b] = H[:, b, :, a] = torch.diag_embed(M.sum(-1)) - M
-    pull = (w * r)[..., None] * u
-    grad = u.new_zeros(B, n, 2)
-    for end, sign in ((0, 1), (1, -1)):
-        grad.scatter_add_(1, edges[..., end, None].expand(-1, -1, 2), sign * pull)
-    return H.flatten(1, 2).flatten(2), grad.transpose(1, 2).flatten(1)
-
-# %% ../../nbs/targets/04_recover.ipynb #b281bc2c
-def base_weights(delta: Tensor, mask: Tensor) -> Tensor:
-    "`1 / (delta^2 + eps^2)` `(B, E)`, 0 where masked; eps is a quarter of the median length."
-    middle = delta.masked_fill(~mask, torch.nan).nanmedian(-1, keepdim=True).values
-    return mask / (delta.square() + (SOFT * middle).square()).clamp(min=1e-300)
-
-
-def vote(relative: Tensor, spread: Tensor | float) -> Tensor:
-    "The say, from 0 to 1, of edges with these relative errors: 1/4 at `OUTLIER` spreads."
-    return (1 + (relative / (OUTLIER * spread)).square()) ** -2
-
-
-def point_spread(relative: Tensor, edges: Tensor, mask: Tensor, n: int) -> Tensor:
-    "Robust standard deviation `(B, n)` of the errors of each point's edges: 1.48 times their median; 0 for a point without edges."
-    B = len(edges)
-    owner = (edges + n * torch.arange(B, device=edges.device)[:, None, None])[mask].T.flatten()
-    value, order = relative[mask].repeat(2).sort(stable=True)
-    owner, by_owner = owner[order].sort(stable=True)
-    count = torch.bincount(owner, minlength=B * n)
-    middle = (count.cumsum(0) - count + count // 2).clamp(max=len(owner) - 1)
-    return torch.where(count > 0, 1.4826 * value[by_owner][middle], 0.0).view(B, n)
-
-# %% ../../nbs/targets/04_recover.ipynb #97867cb0
-def cholesky_step(u: Tensor, r: Tensor, w: Tensor, edges: Tensor, n: int, damping: Tensor) -> tuple[Tensor, Tensor]:
-    "Step `(B, n, 2)` that solves `(H + damping max(diag H)) step = gradient`, and whether it could `(B,)`. Time O(n^3), memory O(n^2)."
-    H, grad = normal_equations(u, r, w, edges, n)
-    diagonal = H.diagonal(dim1=1, dim2=2)
-    diagonal += (damping * diagonal.amax(1).clamp(min=1e-300))[:, None]
-    factor, fault = torch.linalg.cholesky_ex(H)
-    step = torch.cholesky_solve(grad[..., None], factor)[..., 0].unflatten(1, (2, n)).transpose(1, 2)
-    return torch.where((fault == 0)[:, None, None], step, 0.0), fault == 0
-
-# %% ../../nbs/targets/04_recover.ipynb #2b1d326c
-StepOf = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class _Search:
-    "State of the searches of a batch: positions, directions and lengths of edges, damping, spread, steps tried, finished."
-    X: Tensor
-    u: Tensor
-    d: Tensor
-    damping: Tensor
-    spread: Tensor
-    goal: Tensor
-    tried: Tensor
-    done: Tensor
-
-    def votes(self, delta: Tensor, edges: Tensor, mask: Tensor, base: Tensor) -> Tensor:
-        "The say `(B, E)` of the edges; lowers the common spread."
-        relative = (self.d - delta).abs() * base.sqrt()
-        own = point_spread(relative, edges, mask, self.X.shape[1])
-        self.goal = 1.4826 * relative.masked_fill(~mask, torch.nan).nanmedian(-1).values.clamp(min=1e-3)
-        self.spread = torch.maximum(self.goal, self.spread / 2)
-        ends = own.gather(1, edges.flatten(1)).unflatten(1, (-1, 2)).amax(-1)
-        return vote(relative, torch.maximum(ends.clamp(max=LENIENT), self.spread[:, None]))
-
-    def accept(self, take: Tensor, X: Tensor, u: Tensor, d: Tensor) -> None:
-        "Move the minisets where `take` `(B,)`; change the damping by success."
-        self.X, self.u = torch.where(take[:, None, None], X, self.X), torch.where(take[:, None, None], u, self.u)
-        self.d = torch.where(take[:, None], d, self.d)
-        self.damping = torch.where(take, self.damping / 10, self.damping * 10).clamp(1e-12, 1e6)
-
-# %% ../../nbs/targets/04_recover.ipynb #f5913096
-def fit_edges(X: Tensor, edges: Tensor, delta: Tensor, mask: Tensor, *,
-              iterations: int = 60,     # Gauss-Newton steps at most, taken or refused
-              robust: bool = True,      # give false edges no vote
-              tolerance: float = 1e-5,  # a miniset is finished when a step lowers its misfit by less than this share of it,
-              precision: float = 1e-9,  # or moves by less than this share of its size
-              step_of: StepOf = cholesky_step,  # how the linear system is solved
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Damped Gauss-Newton on the lengths `delta` `(B, E)` of distinct `edges` `(B, E, 2)` from `X` `(B, n, 2)`, float64.
-
-    Returns positions, steps tried, convergence, and votes of the edges. Time and memory are those of `step_of`."""
-    B, n, _ = X.shape
-    full = lambda value: torch.full((B,), value, device=X.device)
-    s = _Search(X, *edge_vectors(X, edges), full(1e-6).double(), full(1.0).double(), full(0.0).double(), full(0), full(False))
-    base = base_weights(delta, mask)
-    for _ in range(iterations):
-        votes = s.votes(delta, edges, mask, base) if robust else torch.ones_like(base)
-        w, undisputed = base * votes, (votes + ~mask > 0.9).all(1)
-        step, solved = step_of(s.u, s.d - delta, w, edges, n, s.damping)
-        new = (s.X - step, *edge_vectors(s.X - step, edges))
-        before, after = ((w * (d - delta).square()).sum(1) for d in (s.d, new[2]))
-        small = step.square().sum((1, 2)) < precision**2 * s.X.square().sum((1, 2))
-        still = solved & (small | ((before - after).abs() < tolerance * before))
-        s.tried = s.tried + ~s.done
-        s.accept(solved & (after < before) & ~s.done, *new)
-        s.done = s.done | (still & (undisputed | (s.spread <= s.goal)))
-        if s.done.all():
-            break
-    return s.X, s.tried, s.done, votes
-
 # %% ../../nbs/targets/04_recover.ipynb #e3a1edc6
-@dataclass(frozen=True)
-class Recovered:
-    "Layouts recovered from lengths: batched tensors from `recover`, one numpy layout from `recover_sparse`."
-    X: Tensor | np.ndarray      # (B, n, 2) or (n, 2), unit-RMS gauge, padded rows zero
-    stress: Tensor | float      # (B,) root mean square relative misfit of the edges that have a vote
-    iterations: Tensor | int    # (B,) Gauss-Newton steps tried
-    converged: Tensor | bool    # (B,) whether the last step was below the tolerance
-    scale: Tensor | float       # (B,) X * scale has the unit of the lengths
-
-
-def relative_misfit(d: Tensor, delta: Tensor, base: Tensor, votes: Tensor | float = 1.0) -> Tensor:
-    "Root of the weighted mean square of the relative errors, `(B,)`."
-    w = votes * base
-    return ((w * (d - delta).square()).sum(1) / (w * delta.square()).sum(1).clamp(min=1e-300)).sqrt()
-
-
 def landmark_start(targets: GeoTargets) -> Tensor:
     "Layouts `(B, n, 2)`, float64, by landmark MDS; exact if the landmarks' lengths are. Raises `InputError` for fewer than 3 landmarks."
     if int(targets.landmark_mask.sum(1).min()) < 3:
@@ -250,8 +85,8 @@ def recover(targets: GeoTargets, *,
             iterations: int = 60,      # Gauss-Newton steps at most
             robust: bool = True,       # edges that contradict the rest lose their vote
             X0: Tensor | None = None,  # (B, n, 2) another start; the better one is refined, its orientation is kept
-            ) -> Recovered:
-    """Coordinates of every miniset from the lengths of its multiscale edges (Sources S3, section Family 4), float64, padding allowed.
+            ) -> Solution:
+    """Coordinates of every miniset from the lengths of its multiscale edges (Sources S3, section Family 4), float64, padding allowed; in unit-RMS gauge.
 
     Deterministic. Raises `InputError` if lengths are not finite, a miniset has fewer than 3 landmarks, or points have no path to them."""
     bad = int((~torch.isfinite(targets.ref_distances) & targets.edge_mask).sum())
@@ -262,167 +97,37 @@ def recover(targets: GeoTargets, *,
     group = max(1, GROUP_ENTRIES // (2 * targets.mask.shape[1]) ** 2)
     parts = [_recover_group(targets[i:i + group], iterations, robust, None if X0 is None else X0[i:i + group])
              for i in range(0, len(targets), group)]
-    return Recovered(*(torch.cat(part) for part in zip(*parts)))
+    return Solution(*(torch.cat([getattr(part, name) for part in parts]) for name in ("X", "stress", "iterations", "converged", "scale")))
 
 # %% ../../nbs/targets/04_recover.ipynb #1dae2daa
-def gauged(X: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    "`X` `(B, n, 2)` in unit-RMS gauge, and the size `(B,)` that was divided out."
-    fixed = gauge_fix(X, mask)
-    return fixed, (X * fixed).sum((1, 2)) / fixed.square().sum((1, 2)).clamp(min=1e-300)
-
-
-def _recover_group(t: GeoTargets, iterations: int, robust: bool, X0: Tensor | None) -> tuple[Tensor, ...]:
-    "The fields of `Recovered` for minisets that fit into memory together."
+def _recover_group(t: GeoTargets, iterations: int, robust: bool, X0: Tensor | None) -> Solution:
+    "The solutions of minisets that fit into memory together."
     edges, mask = t.multiscale_edges, t.edge_mask
     delta = torch.where(mask, t.ref_distances.double(), 0.0)
     X, base = landmark_start(t), base_weights(delta, mask)
     if X0 is not None:
         given = gauge_fix(X0.double(), t.mask) * gauged(X, t.mask)[1][:, None, None]
         lengths = [edge_vectors(Z, edges)[1] for Z in (X, given)]
-        first, second = (relative_misfit(d, delta, base, vote((d - delta).abs() * base.sqrt(), 0.5) if robust else 1.0) for d in lengths)
+        first, second = (stress1(d, delta, base * (vote((d - delta).abs() * base.sqrt(), 0.5) if robust else 1.0)) for d in lengths)
         X = torch.where((second < first)[:, None, None], given, X)
     X, tried, done, votes = fit_edges(X, edges, delta, mask, iterations=iterations, robust=robust)
-    stress = relative_misfit(edge_vectors(X, edges)[1], delta, base, votes)
-    X, scale = gauged(X, t.mask)
-    if X0 is not None:
-        X = gauge_fix(procrustes(X, X0.to(X), t.mask).aligned, t.mask)
-    return X, stress, tried, done, scale
-
-# %% ../../nbs/targets/04_recover.ipynb #d077d057
-def cg_step(u: Tensor, r: Tensor, w: Tensor, edges: Tensor, n: int, damping: Tensor, turns: int = 100, enough: float = 0.05) -> tuple[Tensor, Tensor]:
-    "The step of one large graph (batch of one) by diagonally scaled conjugate gradients; memory O(E)."
-    u, e = u[0].numpy(), edges[0].numpy()
-    root = np.sqrt(w[0].numpy())
-    columns = np.stack([e[:, 0], e[:, 0] + n, e[:, 1], e[:, 1] + n], 1).ravel()
-    J = sp.csr_matrix(((np.concatenate([u, -u], 1) * root[:, None]).ravel(), columns, np.arange(0, 4 * len(e) + 1, 4)), (len(e), 2 * n))
-    JT = J.T.tocsr()
-    residual = JT @ (root * r[0].numpy())
-    diagonal = np.bincount(columns, J.data**2, minlength=2 * n)
-    shift = float(damping[0]) * diagonal.max()
-    diagonal = diagonal + shift
-    step, stop = np.zeros(2 * n), enough * np.linalg.norm(residual)
-    along, z = residual / diagonal, residual / diagonal
-    rz = residual @ z
-    for _ in range(turns):
-        if np.linalg.norm(residual) <= stop:
-            break
-        image = JT @ (J @ along) + shift * along
-        length = rz / (along @ image)
-        step, residual = step + length * along, residual - length * image
-        z = residual / diagonal
-        rz, old = residual @ z, rz
-        along = z + (rz / old) * along
-    return torch.from_numpy(step.reshape(2, n).T.copy())[None], torch.ones(1, dtype=torch.bool)
-
-# %% ../../nbs/targets/04_recover.ipynb #604e3ce3
-SHARED = 0.15  # share of common neighbours from which an edge is trusted as a path
-
-
-def tidy_edges(n: int, edges: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Distinct pairs `(E, 2)` with `i < j` and their lengths, float64. Raises `InputError` for unusable ones."
-    edges, lengths = np.asarray(edges, np.int64).reshape(-1, 2), np.asarray(lengths, float)
-    if len(edges) != len(lengths) or not len(edges):
-        raise InputError("recover_sparse", "lengths", f"{len(lengths)} lengths for {len(edges)} edges", "pass one length per edge")
-    if edges.min() < 0 or edges.max() >= n:
-        raise InputError("recover_sparse", "edges", f"points {edges.min()} to {edges.max()} for n = {n}", "number the points from 0 to n - 1")
-    bad = int((~np.isfinite(lengths) | (lengths < 0)).sum())
-    if bad:
-        raise InputError("recover_sparse", "lengths", f"{bad} are negative or not finite", "drop these edges")
-    edges = np.sort(edges, axis=1)
-    key, first = np.unique(edges[:, 0] * n + edges[:, 1], return_index=True)
-    first = first[key % n != key // n]
-    return edges[first], lengths[first]
-
-
-def trusted(n: int, edges: np.ndarray, hubs: np.ndarray) -> np.ndarray:
-    "Edges `(E,)` whose ends share neighbours; edges of `hubs`, which share all, are left out of the count and not trusted."
-    local = ~np.isin(edges, hubs).any(1)
-    i, j = edges[local].T
-    A = sp.coo_matrix((np.ones(2 * len(i), np.int32), (np.concatenate([i, j]), np.concatenate([j, i]))), (n, n)).tocsr()
-    degree = np.diff(A.indptr)
-    common = np.concatenate([np.asarray(A[i[a:a + 2**16]].multiply(A[j[a:a + 2**16]]).sum(1)).ravel() for a in range(0, len(i), 2**16)])
-    out = np.zeros(len(edges), bool)
-    out[local] = common >= SHARED * np.minimum(degree[i], degree[j])
-    return out
-
-# %% ../../nbs/targets/04_recover.ipynb #f05c6388
-def spread_paths(graph: sp.csr_matrix, count: int, first: int) -> tuple[np.ndarray, np.ndarray]:
-    "`count` landmarks far apart along paths, beginning far from point `first`, and their path lengths `(count, n)`."
-    reachable = lambda reach: np.where(np.isfinite(reach), reach, -1)
-    marks, rows, reach = [int(reachable(path_rows(graph, first)).argmax())], [], np.full(graph.shape[0], np.inf)
-    while True:
-        rows.append(path_rows(graph, marks[-1]))
-        if len(marks) >= min(count, graph.shape[0]):
-            return np.array(marks), np.stack(rows)
-        reach = np.minimum(reach, rows[-1])
-        marks.append(int(reachable(reach).argmax()))
-
-# %% ../../nbs/targets/04_recover.ipynb #ffaf0448
-def hub_rows(n: int, edges: np.ndarray, lengths: np.ndarray, hubs: np.ndarray) -> np.ndarray:
-    "Edge lengths `(m, n)` from `hubs`, shortest paths where there is no edge."
-    slot = np.full(n, -1)
-    slot[hubs] = np.arange(len(hubs))
-    rows = np.full((len(hubs), n), np.nan)
-    for a, b in ((0, 1), (1, 0)):
-        own = slot[edges[:, a]] >= 0
-        rows[slot[edges[own, a]], edges[own, b]] = lengths[own]
-    rows[np.arange(len(hubs)), hubs] = 0
-    return np.where(np.isnan(rows), path_rows(path_graph(n, edges, lengths), hubs), rows) if np.isnan(rows).any() else rows
-
-
-def graph_start(n: int, edges: np.ndarray, lengths: np.ndarray, hubs: np.ndarray, n_paths: int, first: int, robust: bool) -> np.ndarray:
-    "Start layout `(n, 2)`: landmark MDS from `hubs` if there are 3 or more, else from shortest paths, brought to the size of the edges."
-    marks, direct = hubs, len(hubs) >= 3
-    if direct:
-        rows = hub_rows(n, edges, lengths, hubs)
-    else:
-        sure = trusted(n, edges, hubs) if robust else np.ones(len(edges), bool)
-        marks, rows = spread_paths(path_graph(n, edges[sure], lengths[sure]), n_paths, first)
-        if not np.isfinite(rows).all():
-            rows = np.where(np.isfinite(rows), rows, path_rows(path_graph(n, edges, lengths), marks))
-    lost = int((~np.isfinite(rows)).any(0).sum())
-    if lost:
-        raise no_path("recover_sparse", "edges", lost, n)
-    X = landmark_mds(torch.from_numpy(rows)[None], torch.from_numpy(marks)[None], torch.ones(1, len(marks), dtype=torch.bool))[0].numpy()
-    d = np.linalg.norm(X[edges[:, 0]] - X[edges[:, 1]], axis=1)
-    return X if direct else X * np.median(lengths / np.maximum(d, 1e-12 * d.max(initial=1e-300)))
+    found = Solution(X, stress1(edge_vectors(X, edges)[1], delta, votes * base), tried, done).in_gauge(t.mask)
+    return found if X0 is None else replace(found, X=gauge_fix(procrustes(found.X, X0.to(X), t.mask).aligned, t.mask))
 
 # %% ../../nbs/targets/04_recover.ipynb #25666793
-def recover_sparse(n: int, edges: np.ndarray, lengths: np.ndarray, *,
-                   landmarks: Sequence[int] | None = None,  # points joined to (nearly) all others; None: those that are joined to all
-                   seed: int = 0,                           # of the point from which the search for landmarks of paths begins
-                   robust: bool = True,                     # edges that contradict the rest lose their vote
-                   iterations: int = 30,                    # Gauss-Newton steps at most
-                   n_paths: int = 48,                       # landmarks of shortest paths, where there are no others
-                   X0: np.ndarray | None = None,            # (n, 2) start in the unit of the lengths, instead of landmark MDS
-                   ) -> Recovered:
-    """Layout `(n, 2)` of one large graph from `lengths` `(E,)` of its `edges` `(E, 2)`; memory O(E + n).
-
-    Raises `InputError` for bad edges and where points have no path to the landmarks. Local edges alone do not settle shapes whose ends nearly meet
-    (a letter C): then give landmark edges or `X0`."""
-    edges, lengths = tidy_edges(n, edges, lengths)
-    if landmarks is None:
-        landmarks = np.flatnonzero(np.bincount(edges.ravel(), minlength=n) >= n - 1) if n > 3 else np.arange(n)
-    first = int(np_rng(seed, "recover_sparse").integers(n))
-    start = graph_start(n, edges, lengths, np.asarray(landmarks, np.int64), n_paths, first, robust) if X0 is None else np.asarray(X0, float)
-    pairs, delta = torch.from_numpy(edges)[None], torch.from_numpy(lengths)[None]
-    mask = torch.ones(1, len(lengths), dtype=torch.bool)
-    X, tried, done, votes = fit_edges(torch.from_numpy(start)[None], pairs, delta, mask, iterations=iterations, robust=robust,
-                                      tolerance=1e-3, precision=1e-6, step_of=cg_step)
-    stress = relative_misfit(edge_vectors(X, pairs)[1], delta, base_weights(delta, mask), votes)
-    X, scale = gauged(X, torch.ones(1, n, dtype=torch.bool))
-    return Recovered(X[0].numpy(), stress.item(), tried.item(), done.item(), scale.item())
+def recover_sparse(n: int, edges: np.ndarray, lengths: np.ndarray, *, X0: np.ndarray | None = None, landmarks: Sequence[int] | None = None, seed: int = 0,
+                   **options: Any) -> Solution:
+    "`solve_distances` in exact mode for one large graph of n points, in unit-RMS gauge; arguments and errors as there."
+    return solve_distances(edges, lengths, X0, n=n, landmarks=landmarks, seed=seed, **options).in_gauge()
 
 # %% ../../nbs/targets/04_recover.ipynb #cd513973
 def sparse_multiscale_graph(coords: np.ndarray, k: int = 20, landmarks: int = 32, ring: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges `(E, 2)`, lengths `(E,)` and landmark indices of points `(n, 2)`: `k` neighbours, `ring` random partners of rank `k+1..3k`,
 
     and `landmarks` farthest points joined to all (0: none). Memory O(n (k + ring + landmarks))."""
-    from sklearn.neighbors import NearestNeighbors
-
     coords = np.asarray(coords, float)
     n, k = len(coords), min(k, len(coords) - 1)
-    ranked = NearestNeighbors(n_neighbors=min(3 * k, n - 1)).fit(coords).kneighbors(return_distance=False)
+    ranked = knn(coords, 3 * k)[1]
     ring = ring if ranked.shape[1] > k else 0
     drawn = np_rng(seed, "ring").integers(k, max(k + 1, ranked.shape[1]), (n, ring))
     partner = np.concatenate([ranked[:, :k], np.take_along_axis(ranked, drawn, 1)], axis=1)
