@@ -91,6 +91,12 @@ def test_bad_input_is_refused(place, mode):
             solve_distances(pairs, lengths, X0, mode=mode)
 
 
+def test_a_star_has_some_map():
+    star = np.array([[0, 1], [0, 2], [0, 3], [0, 4]])
+    found = solve_distances(star, np.arange(1.0, 5.0))
+    assert np.isfinite(found.X).all() and found.stress < 0.5  # lengths to one hub settle nothing else
+
+
 def test_tidy_edges_keeps_the_first_of_duplicates():
     edges, lengths = tidy_edges(4, np.array([[2, 0], [1, 1], [0, 2], [0, 1]]), np.array([5, 1, 7, 3]))
     assert edges.tolist() == [[0, 1], [0, 2]] and lengths.tolist() == [3, 5]

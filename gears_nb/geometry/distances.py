@@ -161,9 +161,10 @@ PATHS = 48     # landmarks of shortest paths, where there are no others
 def trusted(n: int, edges: np.ndarray, hubs: np.ndarray) -> np.ndarray:
     "Edges `(E,)` whose ends share neighbours; edges of `hubs`, which share all, are left out of the count and not trusted."
     local = ~np.isin(edges, hubs).any(1)
-    A = path_graph(n, edges[local], np.ones(local.sum(), np.int32)).astype(np.int32)
+    A = path_graph(n, edges[local], np.ones(local.sum())).astype(np.int32)
     (i, j), degree = edges[local].T, np.diff(A.indptr)
-    common = np.concatenate([np.asarray(A[i[a:a + 2**16]].multiply(A[j[a:a + 2**16]]).sum(1)).ravel() for a in range(0, len(i), 2**16)])
+    blocks = (slice(a, a + 2**16) for a in range(0, len(i), 2**16))
+    common = np.concatenate([np.zeros(0, int), *(np.asarray(A[i[b]].multiply(A[j[b]]).sum(1)).ravel() for b in blocks)])
     out = np.zeros(len(edges), bool)
     out[local] = common >= SHARED * np.minimum(degree[i], degree[j])
     return out
@@ -190,6 +191,7 @@ def _mds_start(n: int, pairs: np.ndarray, lengths: np.ndarray, hubs: np.ndarray,
         rows = np.where(gaps, path_rows(graph, hubs), rows) if gaps.any() else rows
     else:
         sure = trusted(n, pairs, hubs) if robust else np.ones(len(pairs), bool)
+        sure |= not sure.any()  # a star: no pair has a witness
         marks, rows = spread_paths(path_graph(n, pairs[sure], lengths[sure]), PATHS, first)
         if not np.isfinite(rows).all():
             rows = np.where(np.isfinite(rows), rows, path_rows(graph, marks))
