@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
 from gears_nb.attention import figures, measures, rules
-from gears_nb.core.config import profile
+from gears_nb.reconstruct.settings import profile
 from gears_nb.core.errors import InputError
 from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.catalogue import model_class

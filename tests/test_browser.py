@@ -44,7 +44,7 @@ IN_KERNEL = """async code => {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder: a section of 150 spots placed by a tiny model, which is kept."""
-    from gears_nb.core.config import profile
+    from gears_nb.reconstruct.settings import profile
     from gears_nb.data.io import write_h5ad
     from gears_nb.data.simulator import simulate
     from gears_nb.reconstruct.facade import Gears

@@ -15,7 +15,7 @@ import pytest
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
-from gears_nb.core.config import GearsConfig, profile
+from gears_nb.reconstruct.settings import GearsConfig, profile
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.core.store import content_digest
 from gears_nb.data.simulator import simulate

@@ -68,7 +68,7 @@ def test_no_go_says_what_it_decides():
 
 
 def test_settings_that_are_advised_exist():
-    from gears_nb.core.config import profile
+    from gears_nb.reconstruct.settings import profile
     for line in LINES.values():
         for name, value in line.change:
             profile("smoke", **{name: value})

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 
-from gears_nb.core.config import PatchConfig, SolveConfig
+from gears_nb.reconstruct.settings import PatchConfig, SolveConfig
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.data.neighbours import knn
 from gears_nb.geometry.gauge import gauge_fix, procrustes

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gears_nb.core.config import TargetConfig, profile
+from gears_nb.targets.settings import TargetConfig
+from gears_nb.reconstruct.settings import profile
 from gears_nb.core.errors import InputError
 from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.catalogue import MODELS, model_class

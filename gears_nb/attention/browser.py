@@ -136,7 +136,7 @@ def take_pictures(source: str | Path, out: str | Path, *, model_dir: str | Path 
 # %% ../../nbs/attention/24_screenshots.ipynb #eab7412f
 def simulated_run(folder: str | Path, profile: str = "toy", seed: int = 0) -> Path:
     "A simulated third section of the demo's liver (`tiny` in the smoke profile), placed by a model that learned from two, in `folder` with the model. Returns the .h5ad."
-    from gears_nb.core.config import profile as named
+    from gears_nb.reconstruct.settings import profile as named
     from gears_nb.data.io import write_h5ad
     from gears_nb.data.simulator import simulate
     from gears_nb.reconstruct.facade import Gears

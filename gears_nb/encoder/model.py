@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.config import EncoderConfig
+from .settings import EncoderConfig
 from ..core.seeding import rand, randn, stream_seed
 from ..core.training import History, train
 from ..data.neighbours import average_neighbours

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sp
 
-from ..core.config import MetricConfig
+from .settings import MetricConfig
 from ..core.errors import InputError
 from ..core.seeding import np_rng
 from ..data.neighbours import knn, squared_distances_to

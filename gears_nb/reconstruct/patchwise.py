@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from ..core.config import PatchConfig, SolveConfig
+from .settings import PatchConfig, SolveConfig
 from ..core.errors import GearsWarning, InputError
 from ..core.progress import progress as progress_bar
 from ..core.progress import working

@@ -19,7 +19,7 @@ from ..core.machine import peak_rss_mb, plain, versions_info
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from gears_nb.core.config import GearsConfig
+    from gears_nb.reconstruct.settings import GearsConfig
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
