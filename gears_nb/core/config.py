@@ -267,9 +267,11 @@ def _place(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def override(config: Any, changes: Mapping[str, Any]) -> Any:
-    "A copy of `config`, any section, with changes by dotted key, shorthands allowed. Raises `InputError`."
+    """A copy of `config`, any section, with changes by dotted key, shorthands allowed. Raises `InputError`.
+
+    They are applied in order, except that a whole section (`structure.model`) comes before what is inside it."""
     tree, known = to_dict(config), paths(type(config))
-    for key, value in changes.items():
+    for key, value in sorted(changes.items(), key=lambda change: not _has_short_form(known.get(change[0]))):
         for path in expand_key(key, type(config)):
             _place(tree, path, to_dict(_build(known[path], value, f"{path}.")) if _is_section(known.get(path)) else value)
     return from_dict(tree, type(config))
