@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
 from gears_nb.attention import figures, measures, rules
-from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
 from gears_nb.geometry import metrics
 from gears_nb.geometry.gauge import canonical, gauge_fix
 from gears_nb.models.catalogue import model_class
 from gears_nb.models.trace import AttentionTrace, values
+from gears_nb.reconstruct.settings import profile
 from gears_nb.structure.experiments import EvaluationSettings, evaluation_set
 from gears_nb.structure.explain import record
 from gears_nb.structure.gate import oracle_edges

@@ -44,10 +44,10 @@ IN_KERNEL = """async code => {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder: a section of 150 spots placed by a tiny model, which is kept."""
-    from gears_nb.core.config import profile
     from gears_nb.data.io import write_h5ad
     from gears_nb.data.simulator import simulate
     from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.settings import profile
     folder = tmp_path_factory.mktemp("run")
     *slides, held_out = simulate("tiny", 0).slides
     model = Gears(profile("smoke", **{"encoder.train.progress": False, "structure.train.progress": False})).fit(slides, workdir=folder / "work")

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from gears_nb.core.seeding import np_rng, randn, seed_everything, stream_seed, t
 from gears_nb.core.store import Store, atomic_path, content_digest, write_json
 from gears_nb.core.training import TrainingError, to_device, train
 from gears_nb.geometry.gauge import gauge_fix, procrustes, rms
+from gears_nb.reconstruct import settings
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -185,16 +187,16 @@ def test_procrustes_error_gradient_is_exact_also_for_a_round_shape():
 
 @pytest.mark.parametrize("name", list(cfg.PROFILES))
 def test_profiles_survive_json(name):
-    config = cfg.profile(name)
+    config = settings.profile(name)
     assert config.profile == name
-    back = cfg.from_dict(json.loads(json.dumps(cfg.to_dict(config))))
+    back = cfg.from_dict(json.loads(json.dumps(cfg.to_dict(config))), settings.GearsConfig)
     assert back == config and cfg.digest(back) == cfg.digest(config)
 
 
 def test_configs_are_frozen_and_profiles_differ():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        cfg.profile("smoke").seed = 3
-    assert len({cfg.digest(cfg.profile(name)) for name in cfg.PROFILES}) == len(cfg.PROFILES)
+        settings.profile("smoke").seed = 3
+    assert len({cfg.digest(settings.profile(name)) for name in cfg.PROFILES}) == len(cfg.PROFILES)
 
 
 @pytest.mark.parametrize(
@@ -212,40 +214,50 @@ def test_configs_are_frozen_and_profiles_differ():
         ({"encoder.dropout": 1.5}, "outside [0, 1]"),
         ({"targets.stress": "cubic"}, "choose one of"),
         ({"progress": "no"}, "not of type bool"),
+        ({"encoder.metric.contexts": (0, -1)}, "encoder.metric.contexts: is -1, outside"),
+        ({"structure.patience": "soon"}, "not of type int | None"),
+        ({"structure.model": 7}, "structure.model: is 7"),
+        ({"structure.model": {"nam": "d7"}}, "did you mean 'name'?"),
+        ({"structure.model.settings": 3}, "structure.model.settings: is 3"),
+        ({"structure.model.sttings.width": 3}, "not a known setting"),
+        ({"seed.width": 3}, "not a known setting"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_line(changes, message):
     with pytest.raises(InputError) as caught:
-        cfg.profile("toy", **changes)
+        settings.profile("toy", **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_setting_can_be_overridden_by_its_own_path_and_changes_the_digest():
-    base = cfg.profile("smoke")
-    for path in cfg._paths(cfg.GearsConfig):
+    base = settings.profile("smoke")
+    for path in cfg.paths(settings.GearsConfig):
         *parents, last = path.split(".")
         node = base
         for name in parents:
             node = getattr(node, name)
         same = cfg.override(base, {path: getattr(node, last)})
         assert same == base, path
-    for key, value in {"encoder.width": [8], "targets.k": 9, "seed": 1, "device": "cpu", "min_genes": 3}.items():
+    changes = {"encoder.width": [8], "targets.k": 9, "seed": 1, "device": "cpu", "min_genes": 3, "structure.model": "plain", "structure.model.settings.eta": "fixed"}
+    for key, value in changes.items():
         assert cfg.digest(cfg.override(base, {key: value})) != cfg.digest(base), key
 
 
 def test_unknown_and_missing_fields_are_refused():
-    tree = cfg.to_dict(cfg.profile("toy"))
+    tree, read = cfg.to_dict(settings.profile("toy")), lambda data: cfg.from_dict(data, settings.GearsConfig)
     with pytest.raises(InputError, match="structure.hops"):
-        cfg.from_dict({**tree, "structure": {**tree["structure"], "hops": 3}})
-    with pytest.raises(InputError, match="n_hvg: is missing"):
-        cfg.from_dict({k: v for k, v in tree.items() if k != "n_hvg"})
+        read({**tree, "structure": {**tree["structure"], "hops": 3}})
+    with pytest.raises(InputError, match="encoder.n_hvg: is missing"):
+        read({**tree, "encoder": {k: v for k, v in tree["encoder"].items() if k != "n_hvg"}})
+    with pytest.raises(InputError, match="patches: is missing"):
+        read({k: v for k, v in tree.items() if k != "patches"})
     with pytest.raises(InputError, match="profile"):
-        cfg.profile("huge")
+        settings.profile("huge")
 
 
 def test_command_line_overrides():
     parsed = cfg.parse_overrides(["seed=3", "encoder.width=[8, 20]", "structure.patience=None", "device=cpu"])
-    config = cfg.profile("toy", **parsed)
+    config = settings.profile("toy", **parsed)
     assert (config.seed, config.encoder.width, config.structure.train.patience) == (3, (8, 20), None)
     assert config.encoder.train.device == config.structure.train.device == "cpu"
     with pytest.raises(InputError, match="key=value"):
@@ -253,8 +265,40 @@ def test_command_line_overrides():
 
 
 def test_a_value_lives_in_one_place():
-    for key, row in cfg.TABLE.items():
+    for key, row in settings.TABLE.items():
+        assert len(row) == len(cfg.PROFILES)
         assert len(set(map(repr, row))) > 1, f"{key} is the same in every profile: make it a default"
+
+
+def test_every_number_of_every_section_says_its_range():
+    "A field without a range would take a negative width."
+    free = {path for path, hint in cfg.paths(settings.GearsConfig).items()
+            if {int, float} & {hint, *typing.get_args(hint)} and typing.get_origin(hint) is not typing.Annotated}
+    assert not free
+
+
+def test_overrides_leave_the_settings_they_start_from_alone():
+    base = settings.profile("smoke", **{"structure.model": {"name": "operator-vae", "settings": {"latent": 3}}})
+    changed = cfg.override(base, {"structure.model.settings.latent": 5})
+    assert (base.structure.model.settings, changed.structure.model.settings) == ({"latent": 3}, {"latent": 5})
+    assert cfg.override(base, {"structure.model": "d7"}).structure.model.settings == {}
+
+
+def test_the_command_line_names_a_model_and_its_settings():
+    parsed = cfg.parse_overrides(["structure.model=operator-vae", "structure.model.settings.latent=3"])
+    model = settings.profile("smoke", **parsed).structure.model
+    assert (model.name, model.settings) == ("operator-vae", {"latent": 3})
+
+
+def test_settings_of_a_training_are_those_of_a_run_without_the_layout():
+    from gears_nb.structure.settings import FitConfig
+    from gears_nb.structure.settings import profile as at
+    run, fit = settings.profile("toy", seed=2), at("toy", seed=2)
+    assert isinstance(run, FitConfig) and settings.training_digest(run) == settings.training_digest(fit)
+    assert set(cfg.to_dict(run)) - set(cfg.to_dict(fit)) == {"patches", "solve"}
+    shaping = {"seed": 3, "counts": False, "encoder.kind": "network", "targets.k": 9, "structure.beta": 1.0, "structure.model": "plain"}
+    assert all(settings.training_digest(cfg.override(run, {k: v})) != settings.training_digest(run) for k, v in shaping.items())
+    assert settings.training_digest(cfg.override(run, {"patches.overlap": 4, "solve.even": 0, "progress": False})) == settings.training_digest(run)
 
 
 # seeding --------------------------------------------------------------------------------------------------------------
@@ -318,7 +362,7 @@ def test_digests_tell_contents_apart():
     moved.obsm["spatial"] = np.zeros((2, 2))
     renamed = slide.copy()
     renamed.obs_names = ["a", "c"]
-    things = [A, A.T, A[:, ::-1], A.astype("f4"), {"a": A}, [A], [A, A], "A", b"A", 1, 1.0, True, None, slide, moved, renamed, cfg.profile("toy")]
+    things = [A, A.T, A[:, ::-1], A.astype("f4"), {"a": A}, [A], [A, A], "A", b"A", 1, 1.0, True, None, slide, moved, renamed, settings.profile("toy")]
     assert len({content_digest(t) for t in things}) == len(things)
     assert content_digest(slide) == content_digest(slide.copy())
     assert content_digest(torch.tensor(A)) == content_digest(A) == content_digest(np.asfortranarray(A))
@@ -671,6 +715,6 @@ def test_figures_are_reproducible_and_their_format_is_checked(tmp_path):
 
 def test_light_modules_do_not_pull_in_torch():
     heavy = "print(*(m for m in ('torch', 'matplotlib', 'lightning_fabric') if m in sys.modules))"
-    code = f"import sys, gears_nb.core.config, gears_nb.core.store, gears_nb.core.seeding, gears_nb.core.style; {heavy}"
+    code = f"import sys, gears_nb.core.config, gears_nb.reconstruct.settings, gears_nb.core.store, gears_nb.core.seeding, gears_nb.core.style; {heavy}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr

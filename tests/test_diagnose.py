@@ -8,11 +8,11 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
-from gears_nb.lab.findings import SEVERITIES
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 from gears_nb.encoder.diagnose import CHECKS, diagnose, prepare
+from gears_nb.lab.findings import SEVERITIES
 from gears_nb.runs.cli import main
 from gears_nb.runs.diagnose_report import diagnose_files, render_diagnosis, write_report
 

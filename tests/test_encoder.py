@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gears_nb.core.config import EncoderConfig, profile
 from gears_nb.core.errors import InputError
 from gears_nb.core.seeding import torch_rng
 from gears_nb.core.store import Store, content_digest
@@ -40,6 +39,8 @@ from gears_nb.encoder.model import (
     make_view,
     principal_axes,
 )
+from gears_nb.encoder.settings import EncoderConfig
+from gears_nb.reconstruct.settings import profile
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -15,13 +15,14 @@ import pytest
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
-from gears_nb.core.config import GearsConfig, profile
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.core.store import content_digest
 from gears_nb.data.simulator import simulate
 from gears_nb.geometry.gauge import gauge_fix, procrustes, rms
+from gears_nb.reconstruct import facade
 from gears_nb.reconstruct.even import even_out
 from gears_nb.reconstruct.facade import Gears
+from gears_nb.reconstruct.settings import GearsConfig, profile
 
 pytestmark = pytest.mark.filterwarnings("ignore::gears_nb.core.errors.GearsWarning")
 
@@ -271,6 +272,24 @@ def test_a_finished_workdir_is_loaded(data, tmp_path, placed):
     runs = [Gears(settings()).fit(slides, cells, workdir=tmp_path) for _ in range(2)]
     assert all(np.array_equal(coordinates(run.reconstruct(query)), coordinates(placed)) for run in runs)
     assert runs[0].history == runs[1].history and any(tmp_path.iterdir())
+
+
+def test_a_model_of_an_older_format_is_one_line(gears, tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(facade, "MODEL_FORMAT", facade.MODEL_FORMAT - 1)
+        gears.save(tmp_path / "old")
+    with pytest.raises(InputError, match=f"format: is {facade.MODEL_FORMAT - 1}, this version reads {facade.MODEL_FORMAT}.*train again") as caught:
+        Gears.load(tmp_path / "old")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_keeps_the_settings_of_its_model(data, tmp_path):
+    slides, query, _ = data
+    model = {"name": "operator-vae", "settings": {"latent": 3}}
+    made = Gears(settings(**{"structure.guess_epochs": 1, "structure.epochs": 1}), model=model).fit(slides)
+    again = Gears.load(made.save(tmp_path / "model"), {"progress": False})
+    assert again.config == made.config and again.fitted.models[0].config.latent == 3
+    assert np.array_equal(coordinates(again.reconstruct(query)), coordinates(made.reconstruct(query)))
 
 
 # leaks ----------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
 from gears_nb.models.batches import Run
 from gears_nb.models.catalogue import BUILT_IN, MODELS, addresses, model_class
 from gears_nb.models.conformance import conform, toy_slides
 from gears_nb.models.fit import fit_member
 from gears_nb.models.trace import AttentionTrace
+from gears_nb.reconstruct.facade import Gears
+from gears_nb.reconstruct.settings import profile
 from gears_nb.runs.cli import main
 
 SMOKE = profile("smoke", **{"structure.miniset": 48, "structure.batch": 2, "structure.minisets_per_epoch": 4, "structure.guess_epochs": 2, "structure.k_cand": 12,
@@ -36,7 +37,7 @@ def slides():
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_every_model_meets_the_contract(name):
-    conform(model_class(name).build)
+    conform(model_class(name))
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
@@ -82,15 +83,37 @@ def test_a_generator_has_nothing_to_tell_and_latent_places():
 
 
 def test_own_settings_are_checked():
-    run = lambda **options: Run(settings("operator-vae", **{"structure.options": options}).structure, SMOKE.targets)
-    assert model_class("operator-vae").build(16, run(latent=3)).config.latent == 3
-    with pytest.raises(InputError, match="latnt"):
-        model_class("operator-vae").build(16, run(latnt=3))
+    run = lambda name, **own: Run(settings(name, **{f"structure.model.settings.{k}": v for k, v in own.items()}).structure, SMOKE.targets)
+    assert model_class("operator-vae").build(16, run("operator-vae", latent=3)).config.latent == 3
+    with pytest.raises(InputError, match="structure.model.settings.latnt"):
+        model_class("operator-vae").build(16, run("operator-vae", latnt=3))
+    with pytest.raises(InputError, match=r"structure.model.settings.latent: is 0, outside \[1, inf\]"):
+        model_class("operator-vae").build(16, run("operator-vae", latent=0))
+    built = model_class("v2").build(16, run("v2", eta="learned")).rung
+    assert (built.eta, built.shared) == ("learned", False)  # a change to the choices of v2, not to those of the default rung
+    with pytest.raises(InputError, match="structure.model.settings.eta"):
+        model_class("v2").build(16, run("v2", eta="fast"))
+
+
+def test_gears_takes_a_model_by_name_and_says_at_once_what_is_wrong():
+    assert Gears(SMOKE, model="egnn").config.structure.model.name == "egnn" and Gears(SMOKE).config == SMOKE
+    own = Gears(SMOKE, model={"name": "operator-vae", "settings": {"latent": 3}}).config.structure.model
+    assert (own.name, own.settings) == ("operator-vae", {"latent": 3})
+    for model, told in (("d8", "unknown model 'd8'"), ({"name": "d7", "settings": {"etta": "fixed"}}, "did you mean 'eta'"), (3, "structure.model: is 3")):
+        with pytest.raises(InputError, match=told):
+            Gears(SMOKE, model=model)
 
 
 def test_names_are_lazy_and_do_not_depend_on_imports():
-    code = "import sys; from gears_nb.models.catalogue import addresses, model_class; assert 'gears_nb.structure.rungs' not in sys.modules; assert 'd7' in addresses(); print(model_class('d7').__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "D7"
+    code = ("import sys; from gears_nb.models.catalogue import addresses, model_class; assert not {'gears_nb.structure.rungs', 'gears_nb.generators.operator_vae'} & set(sys.modules); "
+            "assert 'd7' in addresses(); print(model_class(sys.argv[1]).__name__)")
+    for name, kind in (("d7", "D7"), ("operator-vae", "OperatorVAE")):
+        assert subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout.strip() == kind
+    code = ("import pkgutil, importlib, gears_nb; from gears_nb.models import catalogue; before = catalogue.addresses(); "
+            "[importlib.import_module(m.name) for c in ('encoder', 'targets', 'models', 'structure', 'generators', 'reconstruct') "
+            "for m in pkgutil.iter_modules([f'{gears_nb.__path__[0]}/{c}'], f'gears_nb.{c}.')]; "
+            "assert catalogue.addresses() == before and not catalogue._given; print(len(before))")
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) >= len(BUILT_IN)
     assert set(BUILT_IN) <= set(MODELS) == set(addresses())
     with pytest.raises(InputError, match="did you mean 'topo'"):
         model_class("topoo")
@@ -153,7 +176,7 @@ class Stranger(GeometryModel):
         return [AttentionTrace(row, col, even, {"qk": np.zeros_like(even)}, np.stack([x, x]), about=about or {}) for x in self(H).X.detach().numpy()]
 
 add_model("stranger", Stranger)
-conform(Stranger.build)
+conform(Stranger)
 ''', '''
 tissue = simulate("tiny", seed=0)
 *slides, query = tissue.slides
@@ -169,7 +192,7 @@ model.save(folder + "/plain")
 print(sorted(scores), {k: round(v, 2) for k, v in scores.items()})
 assert scores["stranger"] > 0.3 and scores["plain"] > 0.3
 ''', '''
-kept = Gears(profile("smoke", progress=False, **{"structure.model": "stranger", "structure.options": {"width": 8}, "structure.epochs": 1})).fit(slides)
+kept = Gears(profile("smoke", progress=False, **{"structure.model": {"name": "stranger", "settings": {"width": 8}}, "structure.epochs": 1})).fit(slides)
 kept.save(folder + "/stranger")
 again = Gears.load(folder + "/stranger", {"progress": False}).reconstruct(query)
 assert np.array_equal(again.obsm["X_gears"], kept.reconstruct(query).obsm["X_gears"])
@@ -196,4 +219,4 @@ def test_a_stranger_adds_a_model_in_one_notebook(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in (root / "gears_nb").rglob("*.py")} == before
-    assert json.loads((tmp_path / "stranger" / "gears.json").read_text())["meta"]["config"]["structure"]["options"] == {"width": 8}
+    assert json.loads((tmp_path / "stranger" / "gears.json").read_text())["meta"]["config"]["structure"]["model"] == {"name": "stranger", "settings": {"width": 8}}

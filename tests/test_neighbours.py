@@ -9,7 +9,14 @@ from scipy.spatial.distance import cdist
 
 from gears_nb.core.errors import InputError
 from gears_nb.geometry import neighbours
-from gears_nb.geometry.neighbours import knn, knn_between, neighbour_recall, neighbour_sets, squared_distances, unit_rows
+from gears_nb.geometry.neighbours import (
+    knn,
+    knn_between,
+    neighbour_recall,
+    neighbour_sets,
+    squared_distances,
+    unit_rows,
+)
 
 
 @settings(max_examples=40, deadline=None)

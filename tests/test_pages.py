@@ -5,7 +5,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from gears_nb.lab.findings import SEVERITIES, Bars, Diagnosis, Finding
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from gears_nb.attention.widgets import attention_explorer, reconstruction_explor
 from gears_nb.benchmark.compare import score_row
 from gears_nb.core.page import POLICY, STILL, contents, page, squeeze, unsqueeze
 from gears_nb.core.style import THEMES, contrast
+from gears_nb.lab.findings import SEVERITIES, Bars, Diagnosis, Finding
 from gears_nb.models.trace import AttentionTrace
 from gears_nb.runs.diagnose_report import _READY, render_diagnosis
 from gears_nb.runs.report import render_report, tissue_view

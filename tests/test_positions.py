@@ -30,7 +30,7 @@ from gears_nb.data.validate import (
 from gears_nb.encoder.probes import morans_i
 from gears_nb.geometry.gauge import rescaled
 from gears_nb.geometry.metrics import score
-from gears_nb.models.batches import Reference
+from gears_nb.models.batches import EmbeddedSlide
 
 
 def spots(C: object, n: int | None = None, **obs: object) -> ad.AnnData:
@@ -388,10 +388,10 @@ def test_training_scoring_and_probes_see_the_same_slide(unit: float, offset: flo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clean, _ = validate_slide(spots(moved), "A.h5ad")
-        trained = Reference(np.zeros((120, 3)), clean.obsm["spatial"]).coords
+        trained = EmbeddedSlide(np.zeros((120, 3)), clean.obsm["spatial"]).coords
         scored, values = score(moved, C), C[:, 0]
         assert trained.dtype == torch.float32
-        assert torch.allclose(trained * sign, Reference(np.zeros((120, 3)), C).coords, atol=2e-6)
+        assert torch.allclose(trained * sign, EmbeddedSlide(np.zeros((120, 3)), C).coords, atol=2e-6)
         assert scored["stress1"] < 1e-6 and scored["spearman"] > 1 - 1e-6
         assert score(C, moved)["stress1"] < 1e-6
         assert np.isclose(morans_i(values, moved), morans_i(values, C))

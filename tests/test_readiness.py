@@ -54,9 +54,8 @@ def test_each_fault_is_found(line, changes):
 
 def test_no_go_says_what_it_decides():
     """Which decisions it changes and which not, in the text for a terminal and on the page; and settings in the reader's language."""
-    from gears_nb.lab.findings import Diagnosis
-
     from gears_nb.core.errors import speaking
+    from gears_nb.lab.findings import Diagnosis
     from gears_nb.runs.diagnose_report import _READY, render_diagnosis
     with speaking("shell"):
         found = Diagnosis(judge(table(nearest_ok=0.5), embeddings()), (), 10, 0, "smoke")
@@ -69,7 +68,7 @@ def test_no_go_says_what_it_decides():
 
 
 def test_settings_that_are_advised_exist():
-    from gears_nb.core.config import profile
+    from gears_nb.reconstruct.settings import profile
     for line in LINES.values():
         for name, value in line.change:
             profile("smoke", **{name: value})

@@ -15,13 +15,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 
-from gears_nb.core.config import PatchConfig, SolveConfig
 from gears_nb.core.errors import GearsWarning, InputError
-from gears_nb.geometry.neighbours import knn
 from gears_nb.geometry.gauge import gauge_fix, procrustes
+from gears_nb.geometry.neighbours import knn
 from gears_nb.models.contract import Geometry, GeometryModel, NoSettings
 from gears_nb.reconstruct.patches import build_graph, sample_patches
 from gears_nb.reconstruct.patchwise import estimate_memory, patch_geometry, reconstruct
+from gears_nb.reconstruct.settings import PatchConfig, SolveConfig
 from gears_nb.reconstruct.stitch import PatchGeometry, edge_pattern, keep_edges, observe, patch_scales, weighted_median
 
 PATCHES = PatchConfig(size=96, landmarks=24, allow_islands=False, k_graph=12, batch=16)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from gears_nb.core.config import profile
 from gears_nb.core.errors import InputError
 from gears_nb.geometry.gauge import gauge_fix
-from gears_nb.models.batches import Reference, Run
+from gears_nb.models.batches import EmbeddedSlide, Run
 from gears_nb.models.catalogue import MODELS
 from gears_nb.models.conformance import check_geometry_model
 from gears_nb.models.contract import geometry_loss, mean_energy
 from gears_nb.models.fit import fit_ensemble, fit_member
+from gears_nb.reconstruct.settings import profile
 from gears_nb.structure.gate import GateLogits, candidate_mask, oracle_edges
 from gears_nb.structure.ipa import (
     EgnnBlock,
@@ -351,7 +351,7 @@ def test_embeddings_arrive_without_history_from_an_encoder_in_eval_mode():
     features = np.random.default_rng(0).normal(size=(80, 12)).astype(np.float32)
     H = encode(encoder, features)
     assert isinstance(H, np.ndarray) and np.array_equal(H, encode(encoder.train(), features)) and not encoder.training
-    assert not Reference(H, features[:, :2]).H.requires_grad
+    assert not EmbeddedSlide(H, features[:, :2]).H.requires_grad
 
 
 # ---------------------------------------------------------------- who teaches the gate

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gears_nb.core.config import MetricConfig, profile
+from gears_nb.core.config import at_profile
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 from gears_nb.encoder.embedding import embedding_from, fit_embedding
 from gears_nb.encoder.probes import overlap
+from gears_nb.encoder.settings import EncoderConfig, MetricConfig
 from gears_nb.encoder.spatial_metric import (
     axes_of,
     fit_spatial_metric,
@@ -107,7 +108,7 @@ def test_state_survives_and_missing_parts_are_noticed():
 @pytest.mark.parametrize("kind", ["metric", "network"])
 def test_embedding_reads_neither_positions_nor_other_sources(kind):
     *slides, third = simulate("tiny", seed=1).slides
-    config = profile("smoke", progress=False, **{"encoder.kind": kind})
+    config = at_profile(EncoderConfig, "smoke", progress=False, kind=kind)
     embedding, history = fit_embedding(slides, config)
     H = embedding.embed(third)
     blind = third.copy()
@@ -115,4 +116,4 @@ def test_embedding_reads_neither_positions_nor_other_sources(kind):
     assert np.array_equal(embedding.embed(blind), H) and bool(history.rows) == (kind == "network")
     tensors, record = embedding.state()
     assert all(isinstance(t, torch.Tensor) for t in tensors.values())
-    assert np.array_equal(embedding_from(tensors, record, config.encoder).embed(third), H)
+    assert np.array_equal(embedding_from(tensors, record, config).embed(third), H)

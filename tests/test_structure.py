@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gears_nb.core.config import TargetConfig, profile
 from gears_nb.core.errors import InputError
 from gears_nb.geometry.gauge import gauge_fix
 from gears_nb.models.catalogue import MODELS, model_class
 from gears_nb.models.conformance import check_geometry_model
 from gears_nb.models.contract import geometry_loss, mean_energy
+from gears_nb.reconstruct.settings import profile
 from gears_nb.structure.gate import (
     EdgeGateSoft,
     GateLogits,
@@ -42,6 +42,7 @@ from gears_nb.structure.rungs import (
     rung,
 )
 from gears_nb.targets.builder import build_targets
+from gears_nb.targets.settings import TargetConfig
 
 CONFIG = profile("toy", **{"structure.k_cand": 20, "structure.recycles": 3}).structure
 

@@ -136,10 +136,10 @@ def take_pictures(source: str | Path, out: str | Path, *, model_dir: str | Path 
 # %% ../../nbs/attention/24_screenshots.ipynb #eab7412f
 def simulated_run(folder: str | Path, profile: str = "toy", seed: int = 0) -> Path:
     "A simulated third section of the demo's liver (`tiny` in the smoke profile), placed by a model that learned from two, in `folder` with the model. Returns the .h5ad."
-    from gears_nb.core.config import profile as named
     from gears_nb.data.io import write_h5ad
     from gears_nb.data.simulator import simulate
     from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.settings import profile as named
     *slides, held_out = simulate("tiny" if profile == "smoke" else "liver_crossslide", seed).slides
     model = Gears(named(profile, seed=seed, **{"encoder.train.progress": False, "structure.train.progress": False})).fit(slides)
     path = Path(folder) / "section.h5ad"

@@ -98,8 +98,8 @@ def _drawn(table: AnnData, kept: np.ndarray, size: int, count: int, shares: Sequ
     import torch
 
     from gears_nb.core.seeding import stream_seed
-    from gears_nb.models.batches import Reference
-    reference = Reference(table.obsm["H_gears"][kept], table.obsm["X_gears"][kept])
+    from gears_nb.models.batches import EmbeddedSlide
+    reference = EmbeddedSlide(table.obsm["H_gears"][kept], table.obsm["X_gears"][kept])
     rng = torch.Generator().manual_seed(stream_seed(seed, "attention", "explore"))
     turns = [reference.draw(size, 1, shares[i % len(shares)], rng)[0].numpy() for i in range(count)]
     return kept[np.stack(turns)]
@@ -220,7 +220,7 @@ def _record_all(tables: Mapping[str, AnnData], place: Path | None, named: bool, 
     for name, table in tables.items():
         if _made_by(table, model):
             found = records(member, table, name, shares=model.config.structure.global_fraction, k=model.config.targets.k, seed=seed)
-            remarks += [] if found else [f"the model in {place} ({model.config.structure.model}) does not tell what it looked at"]
+            remarks += [] if found else [f"the model in {place} ({model.config.structure.model.name}) does not tell what it looked at"]
             traces |= found
         elif named:
             raise InputError(place, "folder", f"is not the model that placed {name}: settings or embedding length differ", f"give {option('model_dir')} the folder that was named when the cells were placed")

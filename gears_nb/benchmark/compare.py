@@ -13,8 +13,8 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from ..core.errors import InputError
-from ..geometry.gauge import gauge_fix
 from ..geometry.distances import stress1
+from ..geometry.gauge import gauge_fix
 from ..geometry.metrics import METRICS, score
 
 if TYPE_CHECKING:

@@ -11,74 +11,96 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .errors import InputError, option
+from .errors import InputError
 from .store import content_digest
 
 # %% auto #0
-__all__ = ['CHOICES', 'RANGES', 'TABLE', 'PROFILES', 'INFERENCE', 'Section', 'TrainConfig', 'MetricConfig', 'EncoderConfig',
-           'TargetConfig', 'StructureConfig', 'PatchConfig', 'SolveConfig', 'GearsConfig', 'to_dict', 'from_dict',
-           'digest', 'training_digest', 'expand_key', 'profile', 'override', 'parse_overrides']
+__all__ = ['Share', 'Weight', 'Positive', 'Count', 'Size', 'PROFILES', 'Range', 'Section', 'TrainConfig', 'by_profile', 'table',
+           'to_dict', 'from_dict', 'digest', 'paths', 'expand_key', 'override', 'at_profile', 'parse_overrides']
 
 # %% ../../nbs/core/03_config.ipynb #d10ac770
-CHOICES: dict[str, tuple[str, ...]] = {
-    "precision": ("32-true", "bf16-mixed"),
-    "schedule": ("constant", "cosine"),
-    "stress": ("log", "ratio", "sigma", "metric"),
-    "kind": ("metric", "network"),
-}
-"Fields that take one of a few words. No 16-mixed: the state of its loss scaler would make resuming inexact."
+@dataclass(frozen=True)
+class Range:
+    "A closed range, put beside a number's type with `Annotated`; for a tuple it holds for the members. NaN is in no range."
 
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("dropout", "shrink", "evenness", "gene_dropout", "h_dropout", "edge_drop", "rw_cap", "jaccard"), (0, 1)),
-    **dict.fromkeys(("epochs", "patience", "patience_after", "warmup", "rw_ramp", "gate_pretrain", "iterations"), (0, float("inf"))),
-    **dict.fromkeys(("contexts", "anchors", "ridge", "noise", "h_noise", "guess_epochs", "weight_decay", "nce_weight", "stress_weight", "gate_weight"), (0, float("inf"))),
-    **dict.fromkeys(("gene_gain", "own", "lambda_inv", "lambda_var", "lambda_cov", "repulsion", "entropy", "anchor_weight", "even"), (0, float("inf"))),
-    **dict.fromkeys(("batch", "size", "k", "k_graph", "k_cand", "miniset", "heads", "recycles", "dim", "stem", "context", "members"), (1, float("inf"))),
-    **dict.fromkeys(("checkpoint_every", "batches_per_epoch", "minisets_per_epoch", "positives", "n_hvg", "min_genes", "space", "near", "landmarks", "overlap", "width"), (1, float("inf"))),
-    "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("sharpness", "lr", "guess_lr", "grad_clip", "temperature", "huber_delta"), (1e-12, float("inf"))),
-}
-"Closed ranges by field name; for a tuple, the range of its members."
+    low: float = float("-inf")
+    high: float = float("inf")
+
+
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(1e-12)]
+Count = Annotated[int, Range(0)]
+Size = Annotated[int, Range(1)]
 
 # %% ../../nbs/core/03_config.ipynb #3f2474b7
+_UNIONS = (typing.Union, types.UnionType)
+
+
 def _fits(value: Any, hint: Any) -> tuple[bool, Any]:
     "Whether `value` fits the type `hint`, and the value in that type."
-    if isinstance(hint, types.UnionType):
-        return next((fit for option in typing.get_args(hint) if (fit := _fits(value, option))[0]), (False, value))
-    if typing.get_origin(hint) is tuple:
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return _fits(value, parts[0])
+    if kind in _UNIONS:
+        return next((fit for part in parts if (fit := _fits(value, part))[0]), (False, value))
+    if kind is tuple:
         if not isinstance(value, (list, tuple)):
             return False, value
-        fits = [_fits(v, typing.get_args(hint)[0]) for v in value]
+        fits = [_fits(v, parts[0]) for v in value]
         return all(ok for ok, _ in fits), tuple(v for _, v in fits)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool), value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
-    return isinstance(value, hint), value
+    return isinstance(value, kind or hint), value
+
+# %% ../../nbs/core/03_config.ipynb #18bdd803
+def _range(hint: Any) -> Range:
+    "The range that `hint` carries, also within a union or a tuple; without one, every number but NaN."
+    parts = typing.get_args(hint)
+    found = [part for part in parts if isinstance(part, Range)] + [_range(part) for part in parts if typing.get_args(part)]
+    return next((r for r in found if r != Range()), Range())
+
+
+def _word(hint: Any) -> str:
+    "The name of a type, in a message."
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        return _word(parts[0])
+    if kind in _UNIONS:
+        return " | ".join(map(_word, parts))
+    if kind is tuple:
+        return f"tuple[{_word(parts[0])}, ...]"
+    return "None" if hint is type(None) else hint.__name__
 
 # %% ../../nbs/core/03_config.ipynb #541718cf
 @functools.cache
 def _hints(section: type) -> dict[str, Any]:
     "The resolved type hints of a dataclass; resolving them is slow, hence the cache."
-    return typing.get_type_hints(section)
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     "`value` in the type of `hint`, or `InputError`."
+    if _is_section(hint):
+        return _build(hint, value, f"{name}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise InputError("config", name, f"is {value!r}", f"choose one of {', '.join(typing.get_args(hint))}")
+        return value
     ok, value = _fits(value, hint)
     if not ok:
-        wanted = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-        raise InputError("config", name, f"is {value!r}, not of type {wanted}", f"pass a value of type {wanted}")
-    if name in CHOICES and value not in CHOICES[name]:
-        raise InputError("config", name, f"is {value!r}", f"choose one of {', '.join(CHOICES[name])}")
-    low, high = RANGES.get(name, (float("-inf"), float("inf")))
+        raise InputError("config", name, f"is {value!r}, not of type {_word(hint)}", f"pass a value of type {_word(hint)}")
+    limits = _range(hint)
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not low <= number <= high:
-            raise InputError("config", name, f"is {number!r}, outside [{low:g}, {high:g}]", "choose a value in that range")
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not limits.low <= number <= limits.high:
+            raise InputError("config", name, f"is {number!r}, outside [{limits.low:g}, {limits.high:g}]", "choose a value in that range")
     return value
 
 # %% ../../nbs/core/03_config.ipynb #889cb37e
@@ -86,203 +108,62 @@ class Section:
     "Base of all sections: checks types, choices and ranges on construction."
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = _checked(field.name, getattr(self, field.name), _hints(type(self))[field.name])
-            object.__setattr__(self, field.name, value)
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
         self._together()
 
     def _together(self) -> None:
         "Raise `InputError` for values that are right one by one and wrong together; sections that have such values say so here."
 
+    @classmethod
+    def short(cls, value: Any) -> Any:
+        "The mapping that `value` stands for; sections that may be given by a single word say so here."
+        return value
 
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _has_short_form(hint: Any) -> bool:
+    return _is_section(hint) and "short" in vars(hint)
+
+# %% ../../nbs/core/03_config.ipynb #71fb91ad
 @dataclass(frozen=True)
 class TrainConfig(Section):
     """One training run (`core.training.train`)."""
 
-    epochs: int  # passes over `batches(epoch, rng)`
-    lr: float  # AdamW step size
-    weight_decay: float = 5e-4
-    grad_clip: float = 1.0  # largest gradient norm
-    patience: int | None = None  # epochs without a better value before stopping; None: never stop early
-    patience_after: int = 0  # epochs that count neither for patience nor as best (loss weights still ramping)
+    epochs: Count  # passes over `batches(epoch, rng)`
+    lr: Positive  # AdamW step size
+    weight_decay: Weight = 5e-4
+    grad_clip: Positive = 1.0  # largest gradient norm
+    patience: Count | None = None  # epochs without a better value before stopping; None: never stop early
+    patience_after: Count = 0  # epochs that count neither for patience nor as best (loss weights still ramping)
     device: str = "auto"  # "auto" (cuda if there is one), "cpu", "cuda", "cuda:1"
-    precision: str = "32-true"
-    schedule: str = "cosine"  # of the step size: "constant", or "cosine" (a tenth of the epochs rising, then falling to zero)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"  # no 16-mixed: the state of its loss scaler would make resuming inexact
+    schedule: Literal["constant", "cosine"] = "cosine"  # of the step size; cosine: a tenth of the epochs rising, then falling to zero
     progress: bool = True  # show a progress bar
-    checkpoint_every: int = 1  # epochs between checkpoints
-
-# %% ../../nbs/core/03_config.ipynb #71fb91ad
-@dataclass(frozen=True, kw_only=True)
-class MetricConfig(Section):
-    """Closed-form spatial metric (`encoder.spatial_metric`); chosen on validation sets."""
-
-    stem: int = 100  # principal components of weighted genes
-    space: int = 50  # principal components in which similar cells are looked for
-    weighted: bool = True  # weigh genes (else: as they are)
-    near: int = 8  # physical neighbours that weigh the genes
-    positives: int = 20  # physical neighbours of the axes and of the surroundings
-    shrink: float = 0.3  # of the noise matrix
-    dim: int = 32  # axes per member
-    contexts: tuple[int, ...] = (0, 10)  # one member each: similar cells averaged
-    anchors: int = 600  # of the surroundings; 0: none
-    sharpness: float = 3.0  # of the surroundings' kernel, in units of 1 / median squared norm
-    ridge: float = 0.1  # of the surroundings' regression
-    evenness: float = 0.3  # rows are divided by their length to this power
-
-# %% ../../nbs/core/03_config.ipynb #encconf1
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig(Section):
-    """From expression to H: the spatial metric, or the shared network of Design A (mean-centred input, VICReg + Spatial InfoNCE)."""
-
-    width: tuple[int, ...]  # hidden layers between genes and embedding
-    dim: int  # embedding size
-    stem: int  # of these, frozen principal components; the rest is learned
-    batch: int  # spots per step
-    batches_per_epoch: int  # steps per epoch; slides are drawn in proportion to their spots
-    train: TrainConfig
-    dropout: float = 0.1
-    nce_weight: float = 5.0  # weight of Spatial InfoNCE
-    temperature: float = 0.1  # of InfoNCE
-    positives: int = 20  # physical nearest neighbours that count as positive pairs
-    lambda_inv: float = 25.0  # VICReg: two views agree
-    lambda_var: float = 50.0  # VICReg: no dimension collapses
-    lambda_cov: float = 1.0  # VICReg: dimensions are decorrelated
-    gene_dropout: float = 0.2  # augmentation: share of genes set to zero
-    noise: float = 0.1  # augmentation: additive Gaussian
-    scale_jitter: float = 0.1  # augmentation: multiplicative, log-scale
-    context: int = 30  # similar cells of the same source that are averaged with each cell, at two ranges
-    own: float = 0.5  # weight of a cell's own profile beside its context
-    gene_gain: float = 0.2  # augmentation: slide-wide gain of each gene, log-scale
-    kind: str = "metric"  # what makes H: "metric" (closed form, all genes) or "network" (trained, `n_hvg` genes)
-    metric: MetricConfig = MetricConfig()
-    adapter: bool = False  # move embeddings of a query into the cloud of the reference (SCAdapter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig(Section):
-    """Frozen geometric targets of a miniset: F2 random walk + F4 stress."""
-
-    k: int | None = None  # neighbours; None: max(20, 0.15 n)
-    rw_steps: int | None = None  # longest random walk; None: by miniset size
-    stress: str = "metric"  # form of the stress that is trained; E_geo is always reported with the log form
-    stress_weight: float = 1.0  # its weight in training
-
-# %% ../../nbs/core/03_config.ipynb #2bbcbf1b
-@dataclass(frozen=True, kw_only=True)
-class StructureConfig(Section):
-    """Structure model: candidate graph, gate, recycled geometric attention."""
-
-    miniset: int  # spots per miniset
-    minisets_per_epoch: int
-    recycles: int
-    members: int  # models in the ensemble
-    k_cand: int  # candidate neighbours in H
-    guess_epochs: int  # epochs in which the first guess learns alone
-    gate_pretrain: int  # steps of gate pretraining
-    train: TrainConfig
-    model: str = "d7"
-    options: dict = dataclasses.field(default_factory=dict)  # settings of a model that has its own (`models.contract`)
-    guess_lr: float = 2e-3  # step size of the first guess
-    global_fraction: tuple[float, ...] = (1.0, 0.5)  # share of spots drawn from the whole slide, by turns
-    dim: int = 64  # node state
-    heads: int = 4
-    batch: int = 4  # minisets per step
-    gate_weight: float = 0.05  # weight of the gate's KL during joint training
-    beta: float = 2.0  # weight of the gate in the attention logits
-    repulsion: float = 0.01
-    entropy: float = 0.01
-    rw_cap: float = 0.1  # final weight of L_RW
-    rw_ramp: int = 3  # epochs until the cap is reached
-    warmup: int = 1  # epochs on stress only, before the ramp
-    h_noise: float = 0.2  # augmentation of H: Gaussian noise
-    h_dropout: float = 0.1  # augmentation of H: dropped dimensions
-    edge_drop: float = 0.2  # augmentation: dropped candidate edges
-
-    def _together(self) -> None:
-        if self.dim % self.heads:
-            fits = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
-            near = min(fits, key=lambda h: abs(h - self.heads))
-            raise InputError("config", "heads", f"is {self.heads}, which does not divide dim, {self.dim}", f"use for example {option('structure.heads', near)}")
-        if not self.global_fraction or not all(0 <= share <= 1 for share in self.global_fraction):
-            raise InputError("config", "global_fraction", f"is {self.global_fraction}", "give shares between 0 and 1")
-
-# %% ../../nbs/core/03_config.ipynb #f684ec4d
-@dataclass(frozen=True, kw_only=True)
-class PatchConfig(Section):
-    """Cutting the cells of a query into overlapping patches."""
-
-    size: int  # cells per patch
-    landmarks: int  # cells shared between neighbouring patches
-    allow_islands: bool  # go on although the graph over H falls apart; where the parts lie to each other is then a guess
-    overlap: int = 3  # patches that should cover a cell
-    k_graph: int = 20  # neighbours in the graph over H
-    jaccard: float = 0.05  # smallest neighbourhood overlap of an edge
-    batch: int = 8  # patches per forward pass
-
-    def _together(self) -> None:
-        if self.size < 4 or self.landmarks >= self.size:
-            raise InputError("config", "landmarks", f"is {self.landmarks}, with {self.size} cells per patch",
-                             f"keep landmarks below size, and size at 4 or more, for example {option('patches.landmarks', max(1, self.size // 4))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolveConfig(Section):
-    """Global solve: Landmark Isomap start, weighted Huber distance geometry."""
-
-    iterations: int
-    landmarks: int
-    huber_delta: float = 0.1  # residual where the penalty turns linear, in units of the median edge
-    anchor_weight: float = 1e-3  # pull towards the starting layout
-    even: float = 1.0  # strength of the flow towards even density after the solve; 0: none
-
-# %% ../../nbs/core/03_config.ipynb #877ce0e6
-@dataclass(frozen=True, kw_only=True)
-class GearsConfig(Section):
-    """Everything that shapes a run. Make one with `profile`, not by hand."""
-
-    profile: str  # the profile it was derived from
-    n_hvg: int  # highly variable genes kept
-    encoder: EncoderConfig
-    targets: TargetConfig
-    structure: StructureConfig
-    patches: PatchConfig
-    solve: SolveConfig
-    seed: int = 0
-    min_genes: int = 50  # fewest shared genes to go on with
-    counts: bool = True  # expression is raw counts; False: use the values as they are
+    checkpoint_every: Size = 1  # epochs between checkpoints
 
 # %% ../../nbs/core/03_config.ipynb #5577fcac
-#   key                              smoke    toy         paper
-TABLE: dict[str, tuple[Any, Any, Any]] = {
-    "n_hvg":                        (200,     1000,       1000),
-    "encoder.width":                ((64,),   (512, 256), (512, 256)),
-    "encoder.dim":                  (32,      128,        128),
-    "encoder.stem":                 (16,      64,         64),
-    "encoder.batch":                (64,      256,        512),
-    "encoder.batches_per_epoch":    (4,       16,         32),
-    "encoder.train.epochs":         (2,       20,         100),
-    "encoder.train.lr":             (1e-3,    1e-3,       1e-4),
-    "structure.miniset":            (64,      192,        384),
-    "structure.minisets_per_epoch": (16,      160,        640),
-    "structure.recycles":           (2,       5,          5),
-    "structure.k_cand":             (20,      80,         80),
-    "structure.guess_epochs":       (10,      20,         40),
-    "structure.gate_pretrain":      (5,       80,         500),
-    "structure.train.epochs":       (2,       6,          12),
-    "structure.train.lr":           (1e-3,    1e-3,       3e-4),
-    "structure.members":            (1,       1,          2),
-    "patches.size":                 (64,      256,        384),
-    "patches.allow_islands":        (True,    False,      False),
-    "patches.landmarks":            (16,      64,         96),
-    "solve.iterations":             (50,      300,        1000),
-    "solve.landmarks":              (32,      256,        512),
-}  # fmt: skip
-"One row per value that differs between profiles: (smoke, toy, paper)."
+PROFILES = ("smoke", "toy", "paper")
 
-PROFILES: dict[str, dict[str, Any]] = {
-    name: {key: row[i] for key, row in TABLE.items()} for i, name in enumerate(("smoke", "toy", "paper"))
-}
-"The table by profile: dotted key -> value."
+
+def by_profile(*row: Any, **rows: tuple[Any, Any, Any]) -> Any:
+    "A field without a default: its value in each of `PROFILES`; `rows`: of the fields of a nested section, instead."
+    return dataclasses.field(metadata={"profile": row or rows})
+
+
+def table(section: type[Section], prefix: str = "") -> dict[str, tuple[Any, Any, Any]]:
+    "The values of `section` that differ between profiles: dotted key -> (smoke, toy, paper)."
+    rows: dict[str, tuple[Any, Any, Any]] = {}
+    for field in dataclasses.fields(section):
+        path, hint, row = f"{prefix}{field.name}", _hints(section)[field.name], field.metadata.get("profile")
+        if row is None:
+            rows |= table(hint, f"{path}.") if _is_section(hint) else {}
+        else:
+            rows |= {f"{path}.{name}": values for name, values in row.items()} if isinstance(row, dict) else {path: row}
+    return rows
 
 # %% ../../nbs/core/03_config.ipynb #0f6f13d6
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -292,16 +173,13 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
 
 
-def _is_section(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Section)
-
-
-def _build(section: type, data: Any, path: str = "") -> Any:
+def _build(section: type[Section], data: Any, path: str = "") -> Any:
     "A `section` from nested mappings; dataclass instances are taken as they are."
     if isinstance(data, section):
         return data
+    data = section.short(data)
     if not isinstance(data, Mapping):
-        raise InputError("config", path or section.__name__, f"is {data!r}", f"pass a mapping with the fields of {section.__name__}")
+        raise InputError("config", path.removesuffix(".") or section.__name__, f"is {data!r}", f"pass a mapping with the fields of {section.__name__}")
     hints, values = _hints(section), {}
     for key, value in data.items():
         if key not in hints:
@@ -313,7 +191,7 @@ def _build(section: type, data: Any, path: str = "") -> Any:
     return _located(section, values, path)
 
 
-def _located(section: type, values: dict[str, Any], path: str) -> Any:
+def _located(section: type[Section], values: dict[str, Any], path: str) -> Any:
     "`section(**values)`; a complaint names the full path, which the section itself does not know."
     try:
         return section(**values)
@@ -325,19 +203,23 @@ def _plain(value: Any) -> Any:
     "A field's value in JSON types."
     if isinstance(value, Section):
         return to_dict(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}  # a copy: `override` writes into it
     return list(value) if isinstance(value, tuple) else value
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    "The configuration as nested dictionaries of JSON types."
+    "The settings as nested dictionaries of JSON types."
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def from_dict(data: Mapping[str, Any], section: type = GearsConfig) -> Any:
-    "The inverse of `to_dict`. Strict: raises `InputError` for unknown, missing, mistyped or impossible values."
-    return _build(section, data)
+def from_dict(data: Mapping[str, Any], section: type[Section], path: str = "") -> Any:
+    """The inverse of `to_dict`. Strict: raises `InputError` for unknown, missing, mistyped or impossible values.
 
+    `path`: where the mapping stands in larger settings, for messages (`structure.model.settings.`)."""
+    return _build(section, data, path)
 
+# %% ../../nbs/core/03_config.ipynb #dc8b12cb
 _SILENT = ("progress",)  # fields that cannot change a number
 
 
@@ -350,34 +232,28 @@ def digest(config: Section) -> str:
     "32 hexadecimal digits that change with every value that can change a result (so not with `progress`)."
     return content_digest(type(config).__name__, _audible(to_dict(config)))
 
-
-INFERENCE = ("patches", "solve")  # the sections that a trained model does not depend on
-
-
-def training_digest(config: GearsConfig) -> str:
-    "`digest` of what shapes a trained model: everything but the settings of patches and solve, and the label of the profile."
-    tree = _audible(to_dict(config))
-    return content_digest("training", {k: v for k, v in tree.items() if k not in (*INFERENCE, "profile")})
-
 # %% ../../nbs/core/03_config.ipynb #60919662
-def _paths(section: type, prefix: str = "") -> Iterator[str]:
-    "Dotted paths of all fields that hold a value."
+def paths(section: type[Section], prefix: str = "") -> dict[str, Any]:
+    "Dotted path -> type hint of every field that holds a value, and of sections that have a short form."
+    found: dict[str, Any] = {}
     for name, hint in _hints(section).items():
+        if not _is_section(hint) or _has_short_form(hint):
+            found[f"{prefix}{name}"] = hint
         if _is_section(hint):
-            yield from _paths(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+            found |= paths(hint, f"{prefix}{name}.")
+    return found
 
 
-def expand_key(key: str) -> list[str]:
-    "The full paths that `key` stands for. Raises `InputError` with the closest known key if there are none."
-    known = list(_paths(GearsConfig))
-    if key in known:
+def expand_key(key: str, section: type[Section]) -> list[str]:
+    "The full paths in `section` that `key` stands for. Raises `InputError` with the closest known key if there are none."
+    known = paths(section)
+    if key in known or any(typing.get_origin(hint) is dict and key.startswith(f"{path}.") for path, hint in known.items()):
         return [key]
     head, _, last = key.rpartition(".")
-    found = [path for path in known if path == (f"{head}.train.{last}" if head else path) and path.endswith(f".train.{last}")]
+    whole = f"{head}.train.{last}" if head else f"train.{last}"
+    found = [path for path in known if path == whole or (not head and path.endswith(f".{whole}"))]
     if not found:
-        short = [path.replace(".train.", ".") for path in known]
+        short = [path.replace("train.", "") for path in known]
         raise InputError("config", key, "is not a known setting", _suggest(key, {*known, *short}))
     return found
 
@@ -390,28 +266,30 @@ def _place(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def profile(name: str = "toy", **overrides: Any) -> GearsConfig:
-    """The configuration of a profile, with overrides: `profile("toy", seed=1, **{"structure.epochs": 3})`.
+def override(config: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of `config`, any section, with changes by dotted key, shorthands allowed. Raises `InputError`.
+
+    They are applied in order, except that a whole section (`structure.model`) comes before what is inside it."""
+    tree, known = to_dict(config), paths(type(config))
+    for key, value in sorted(changes.items(), key=lambda change: not _has_short_form(known.get(change[0]))):
+        for path in expand_key(key, type(config)):
+            _place(tree, path, to_dict(_build(known[path], value, f"{path}.")) if _is_section(known.get(path)) else value)
+    return from_dict(tree, type(config))
+
+
+def at_profile(section: type[Section], name: str = "toy", **overrides: Any) -> Any:
+    """A `section` at a profile, with overrides: `at_profile(Example, "toy", seed=1, **{"structure.epochs": 3})`. Its field `profile`, if it has one, is the name.
 
     Raises `InputError` for an unknown profile or key (with the closest known one) and for values of the wrong type or range.
     """
     if name not in PROFILES:
         raise InputError("config", "profile", f"{name!r} is unknown", _suggest(name, PROFILES))
-    tree: dict[str, Any] = {"profile": name, "targets": {}}
-    for key, value in PROFILES[name].items():
-        _place(tree, key, value)
     if "profile" in overrides:
         raise InputError("config", "profile", "is no override: it would only change the label", f"name it first: profile({overrides['profile']!r}, ...)")
-    return override(from_dict(tree), overrides)
-
-
-def override(config: GearsConfig, changes: Mapping[str, Any]) -> GearsConfig:
-    "A copy of `config` with changes by dotted key, shorthands allowed."
-    tree = to_dict(config)
-    for key, value in changes.items():
-        for path in expand_key(key):
-            _place(tree, path, value)
-    return from_dict(tree)
+    tree: dict[str, Any] = {"profile": name} if "profile" in _hints(section) else {}
+    for key, row in table(section).items():
+        _place(tree, key, row[PROFILES.index(name)])
+    return override(from_dict(tree, section), overrides)
 
 # %% ../../nbs/core/03_config.ipynb #422e18ab
 _WORDS = {"true": True, "false": False, "none": None}  # as people type them

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.seeding import torch_rng
 from .alignment import coral, matrix_power_psd, mmd, shrunk_covariance
 
 # %% auto #0
@@ -36,7 +37,7 @@ class SCAdapter(nn.Module):
 def finetune(adapter: SCAdapter, sc: Tensor, st: Tensor, *, steps: int = 500, lr: float = 1e-3, batch: int = 256,
              coral_weight: float = 10.0, mmd_weight: float = 10.0, identity_weight: float = 1.0, seed: int = 0) -> list[float]:
     "Adam on `coral + mmd + |W - W0|^2`; returns the loss of every step. `sc` `(n, d)`, `st` `(m, d)` stay as they are."
-    rng, start = torch.Generator().manual_seed(seed), adapter.W.detach().clone()
+    rng, start = torch_rng(seed, "adapter"), adapter.W.detach().clone()
     optimiser, history = torch.optim.Adam(adapter.parameters(), lr=lr), []
     for _ in range(steps):
         a = adapter(sc[torch.randint(len(sc), (batch,), generator=rng)])

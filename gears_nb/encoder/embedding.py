@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..core.config import EncoderConfig, GearsConfig
 from ..core.store import content_digest
 from ..core.training import History
 from ..data.preprocess import Preprocessor
 from .model import SharedEncoder, context_features, encode, fit_encoder
+from .settings import EncoderConfig
 from .spatial_metric import SpatialMetric, fit_spatial_metric, metric_from, metric_state
 
 if TYPE_CHECKING:
@@ -54,18 +54,18 @@ class Embedding:
         return tensors, {name: list(value) if isinstance(value, tuple) else value for name, value in meta.items()}
 
 # %% ../../nbs/encoder/16_embedding.ipynb #em000009
-def fit_embedding(slides: Sequence[AnnData], config: GearsConfig, *, checkpoint: Path | None = None, tag: str = "") -> tuple[Embedding, History]:
-    """An `Embedding` from gene-matched reference `slides` with raw counts and `obsm["spatial"]` in any unit.
+def fit_embedding(slides: Sequence[AnnData], config: EncoderConfig, *, seed: int = 0, counts: bool = True, checkpoint: Path | None = None,
+                  tag: str = "") -> tuple[Embedding, History]:
+    """An `Embedding` from gene-matched reference `slides` with `obsm["spatial"]` in any unit, and raw counts (`counts=False`: values as they are).
 
     `checkpoint`: where a network's epochs are kept and resumed from; `tag` names the data in it. Raises `InputError` for unusable slides."""
-    encoder = config.encoder
-    prep = Preprocessor.fit(slides, n_hvg=config.n_hvg if encoder.kind == "network" else None, counts=config.counts, slide_key=None)
+    prep = Preprocessor.fit(slides, n_hvg=config.n_hvg if config.kind == "network" else None, counts=counts, slide_key=None)
     coords = [np.asarray(s.obsm["spatial"], dtype=np.float64) for s in slides]
-    features = [Embedding(prep, None, encoder).features(s) for s in slides]
-    if encoder.kind == "metric":
-        return Embedding(prep, fit_spatial_metric(features, coords, encoder.metric, seed=config.seed), encoder), History([])
-    model, history = fit_encoder(features, coords, encoder, seed=config.seed, checkpoint=checkpoint, tag=tag or content_digest(*features, *coords))
-    return Embedding(prep, model, encoder), history
+    features = [Embedding(prep, None, config).features(s) for s in slides]
+    if config.kind == "metric":
+        return Embedding(prep, fit_spatial_metric(features, coords, config.metric, seed=seed), config), History([])
+    model, history = fit_encoder(features, coords, config, seed=seed, checkpoint=checkpoint, tag=tag or content_digest(*features, *coords))
+    return Embedding(prep, model, config), history
 
 
 def embedding_from(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], config: EncoderConfig) -> Embedding:

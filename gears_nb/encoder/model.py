@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.config import EncoderConfig
 from ..core.seeding import rand, randn, stream_seed
 from ..core.training import History, train
 from ..data.neighbours import average_neighbours
-from ..geometry.neighbours import knn
 from .losses import far_pairs, spatial_infonce, vicreg
+from .settings import EncoderConfig
+from ..geometry.neighbours import knn
 
 # %% auto #0
 __all__ = ['CONTEXT_SHARE', 'context_features', 'principal_axes', 'SharedEncoder', 'make_view', 'Slide', 'encoder_loss',

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from ..core.config import Section, TrainConfig
+from ..core.config import Count, Positive, Section, Share, Size, TrainConfig, Weight
 from ..core.errors import InputError
 from ..core.seeding import randn, stream_seed
 from ..core.store import Store, content_digest
@@ -42,31 +42,31 @@ class PresetConfig(Section):
     "One encoder of the log; the defaults are `v3`."
 
     centred: bool = False  # subtract each slide's own gene means (else the common mean of the training slides)
-    nce_weight: float = 5.0  # Spatial InfoNCE
-    scale_weight: float = 5.0  # spread of slide norms
-    coral_weight: float = 0.0  # covariances of slides, per dimension
-    mmd_weight: float = 0.0  # clouds of slides
-    adversary_weight: float = 0.0  # a critic that guesses the slide, through gradient reversal
-    lambda_inv: float = 25.0
-    lambda_var: float = 50.0
-    lambda_cov: float = 1.0
-    inv_warmup: float = 0.3  # share of the epochs over which lambda_inv rises to its value
-    temperature: float = 0.1
-    positives: int = 20  # physical neighbours that count as positive pairs
-    gene_dropout: float = 0.2  # augmentation: share of genes set to their mean
-    noise: float = 0.1  # augmentation: Gaussian, in units of the spread of the input
-    scale_jitter: float = 0.1  # augmentation: multiplicative per spot, log-scale
-    n_hvg: int | None = None  # genes to keep; None: all
-    width: tuple[int, ...] = (512, 256)
-    dim: int = 128
-    dropout: float = 0.0
-    batch: int = 768  # spots per step, of all slides
-    tile: int = 4  # spots that stay together in a batch
-    epochs: int = 1200  # passes over all spots
-    lr: float = 1e-4
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    precision: str = "32-true"
+    nce_weight: Weight = 5.0  # Spatial InfoNCE
+    scale_weight: Weight = 5.0  # spread of slide norms
+    coral_weight: Weight = 0.0  # covariances of slides, per dimension
+    mmd_weight: Weight = 0.0  # clouds of slides
+    adversary_weight: Weight = 0.0  # a critic that guesses the slide, through gradient reversal
+    lambda_inv: Weight = 25.0
+    lambda_var: Weight = 50.0
+    lambda_cov: Weight = 1.0
+    inv_warmup: Share = 0.3  # share of the epochs over which lambda_inv rises to its value
+    temperature: Positive = 0.1
+    positives: Size = 20  # physical neighbours that count as positive pairs
+    gene_dropout: Share = 0.2  # augmentation: share of genes set to their mean
+    noise: Weight = 0.1  # augmentation: Gaussian, in units of the spread of the input
+    scale_jitter: Weight = 0.1  # augmentation: multiplicative per spot, log-scale
+    n_hvg: Size | None = None  # genes to keep; None: all
+    width: tuple[Size, ...] = (512, 256)
+    dim: Size = 128
+    dropout: Share = 0.0
+    batch: Size = 768  # spots per step, of all slides
+    tile: Size = 4  # spots that stay together in a batch
+    epochs: Count = 1200  # passes over all spots
+    lr: Positive = 1e-4
+    weight_decay: Weight = 5e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     device: str = "cpu"
     progress: bool = False
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sp
 
-from ..core.config import MetricConfig
 from ..core.errors import InputError
 from ..core.seeding import np_rng
-from ..geometry.neighbours import knn, squared_distances_to
 from .model import CONTEXT_SHARE, principal_axes
+from .settings import MetricConfig
+from ..geometry.neighbours import knn, squared_distances_to
 
 # %% auto #0
 __all__ = ['SPARE', 'neighbour_graph', 'neighbour_variance', 'gene_weights', 'pair_scatter', 'axes_of', 'spatial_axes',

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.config import Section
+from ..core.config import Section, Size, Weight
 from ..core.seeding import randn
 from ..core.training import Turn
 from ..geometry.gauge import gauge_fix
@@ -28,14 +28,14 @@ __all__ = ['OperatorVAEConfig', 'cell_noise', 'OperatorVAE', 'log_operator', 'ne
 # %% ../../nbs/generators/01_operator_vae.ipynb #94f240af
 @dataclass(frozen=True, kw_only=True)
 class OperatorVAEConfig(Section):
-    "Settings of the operator VAE; in a run, `structure.options`."
+    "Settings of the operator VAE; in a run, `structure.model.settings`."
 
-    width: int = 64          # of hidden layers
-    latent: int = 8          # dimensions of z and of v
-    kl: float = 0.02         # weight of KL(q || prior)
-    operator: float = 0.2    # weight of the operator's divergence
-    critic: float = 0.02     # weight of the critic's opinion
-    nearest: int = 8         # distances per cell that the critic reads
+    width: Size = 64         # of hidden layers
+    latent: Size = 8         # dimensions of z and of v
+    kl: Weight = 0.02        # weight of KL(q || prior)
+    operator: Weight = 0.2   # weight of the operator's divergence
+    critic: Weight = 0.02    # weight of the critic's opinion
+    nearest: Size = 8        # distances per cell that the critic reads
 
 # %% ../../nbs/generators/01_operator_vae.ipynb #9dc2042e
 def cell_noise(mask: Tensor, width: int, rng: torch.Generator | None, like: Tensor) -> Tensor:

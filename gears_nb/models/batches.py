@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import StructureConfig, TargetConfig
 from ..data.minisets import miniset_indices
 from ..geometry.gauge import gauge_fix, rescaled
+from .settings import StructureConfig
 from ..targets.builder import GeoTargets, build_targets
+from ..targets.settings import TargetConfig
 
 # %% auto #0
-__all__ = ['Batch', 'Batches', 'Reference', 'Epoch', 'Run', 'distance_batches', 'target_batches']
+__all__ = ['Batch', 'Batches', 'EmbeddedSlide', 'Epoch', 'Run', 'distance_batches', 'target_batches']
 
 # %% ../../nbs/models/01_batches.ipynb #1b525600
-class Reference:
+class EmbeddedSlide:
     "Embeddings `H` `(n, d)` and coordinates `(n, 2)` (brought to unit-RMS gauge) of one slide."
 
     def __init__(self, H: np.ndarray, coords: np.ndarray):
@@ -36,7 +37,7 @@ class Reference:
 class Epoch:
     "The batches of one epoch, made on demand by `make(slide, turn)`; slides take turns."
 
-    def __init__(self, slides: Sequence[Reference], count: int, make: Callable[[Reference, int], object]):
+    def __init__(self, slides: Sequence[EmbeddedSlide], count: int, make: Callable[[EmbeddedSlide, int], object]):
         self.slides, self.count, self.make = slides, count, make
 
     def __len__(self) -> int:
@@ -61,25 +62,25 @@ class Run:
 
 
 Batch = tuple[Tensor, GeoTargets]
-Batches = Callable[[Sequence[Reference], Run, torch.Generator], Epoch]
+Batches = Callable[[Sequence[EmbeddedSlide], Run, torch.Generator], Epoch]
 
 # %% ../../nbs/models/01_batches.ipynb #a7f213f6
-def distance_batches(slides: Sequence[Reference], run: Run, rng: torch.Generator) -> Epoch:
+def distance_batches(slides: Sequence[EmbeddedSlide], run: Run, rng: torch.Generator) -> Epoch:
     "Batches `(H, distances)`, `(B, n, d)` and `(B, n, n)`: minisets over the whole slide, distances in slide gauge."
     c = run.structure
 
-    def make(slide: Reference, turn: int) -> tuple[Tensor, Tensor]:
+    def make(slide: EmbeddedSlide, turn: int) -> tuple[Tensor, Tensor]:
         index = slide.draw(c.miniset, c.batch, 1.0, rng)
         X = slide.coords[index]
         return slide.H[index], torch.cdist(X, X)
     return Epoch(slides, run.steps, make)
 
 
-def target_batches(slides: Sequence[Reference], run: Run, rng: torch.Generator) -> Epoch:
+def target_batches(slides: Sequence[EmbeddedSlide], run: Run, rng: torch.Generator) -> Epoch:
     "Batches `(H, GeoTargets)`; the share of far spots goes through `structure.global_fraction` by turns."
     c, t = run.structure, run.targets
 
-    def make(slide: Reference, turn: int) -> Batch:
+    def make(slide: EmbeddedSlide, turn: int) -> Batch:
         index = slide.draw(c.miniset, c.batch, c.global_fraction[turn % len(c.global_fraction)], rng)
         return slide.H[index], build_targets(slide.coords[index], k=t.k, rw_steps=t.rw_steps, rng=rng)
     return Epoch(slides, run.steps, make)

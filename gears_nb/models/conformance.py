@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import profile
+from ..core.config import at_profile
 from ..geometry.gauge import rms
-from .batches import Reference, Run
+from .batches import EmbeddedSlide, Run
 from .contract import GeometryModel, Stage
+from ..targets.settings import TargetConfig
 
 # %% auto #0
 __all__ = ['check_answers', 'check_order_and_padding', 'check_geometry_model', 'check_signature', 'toy_slides', 'check_stage',
@@ -72,18 +72,18 @@ def check_signature(model: GeometryModel) -> None:
     assert not told, f"forward takes {', '.join(told)}"
 
 # %% ../../nbs/models/05_conformance.ipynb #6e06b3d0
-def toy_slides(dim: int = 16, n: int = 90) -> list[Reference]:
+def toy_slides(dim: int = 16, n: int = 90) -> list[EmbeddedSlide]:
     "Two slides whose embeddings are noisy waves over their places."
     world, out = np.random.default_rng(99), []
     W, phase = 2 * world.normal(size=(2, dim)), 6.28 * world.random(dim)
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         X = rng.random((n, 2))
-        out.append(Reference(np.sin(X @ W + phase) + 0.2 * rng.normal(size=(n, dim)), X))
+        out.append(EmbeddedSlide(np.sin(X @ W + phase) + 0.2 * rng.normal(size=(n, dim)), X))
     return out
 
 
-def check_stage(model: GeometryModel, stage: Stage, slides: list[Reference], run: Run) -> None:
+def check_stage(model: GeometryModel, stage: Stage, slides: list[EmbeddedSlide], run: Run) -> None:
     "One batch through every turn of a stage: finite losses, finite gradients, and some gradient at all."
     if stage.before is not None:
         stage.before(model)
@@ -101,13 +101,12 @@ def check_stage(model: GeometryModel, stage: Stage, slides: list[Reference], run
         stage.after(model)
 
 # %% ../../nbs/models/05_conformance.ipynb #b4ed2d5a
-def conform(make: Callable[[int, Run], GeometryModel], run: Run | None = None) -> None:
-    "All promises of the model that `make(dim_in, run)` builds, on a toy; raises `AssertionError` with the first that is broken."
-    smoke = profile("smoke", **{"structure.miniset": 48, "structure.batch": 2, "structure.k_cand": 12, "progress": False})
-    run, slides = run or Run(smoke.structure, smoke.targets), toy_slides()
+def conform(kind: type[GeometryModel], run: Run | None = None) -> None:
+    "All promises of the models of a class, with its default settings on a toy; raises `AssertionError` with the first that is broken."
+    run, slides = run or Run(at_profile(kind.Training, "smoke", miniset=48, batch=2, progress=False), TargetConfig()), toy_slides()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = make(slides[0].H.shape[1], run)
+        model = kind.build(slides[0].H.shape[1], run)
     check_signature(model)
     check_geometry_model(model, torch.stack([s.H[:40] for s in slides]))
     stages = model.stages(run)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.config import Section, TrainConfig, from_dict
 from ..core.training import Loss, Turn
 from .batches import Batch, Batches, Run, target_batches
+from .settings import StructureConfig
 from ..targets.energy import energy
 
 # %% auto #0
@@ -69,7 +70,8 @@ class GeometryModel(nn.Module):
     Randomness comes from `rng` alone (a CPU generator; None: the global stream); in use only if `stochastic`.
     """
 
-    Config: ClassVar[type[Section]] = NoSettings
+    Config: ClassVar[type[Section]] = NoSettings                # what `structure.model.settings` may hold
+    Training: ClassVar[type[StructureConfig]] = StructureConfig  # what it reads of the section `structure`
     stochastic: ClassVar[bool] = False
 
     def __init__(self, dim_in: int, config: Section):
@@ -78,8 +80,8 @@ class GeometryModel(nn.Module):
 
     @classmethod
     def build(cls, dim_in: int, run: Run, **own: Any) -> GeometryModel:
-        "The model of a run: its settings are `structure.options`. `own`: arguments that only this class knows."
-        return cls(dim_in, from_dict(run.structure.options, cls.Config), **own)
+        "The model of a run: its settings are `structure.model.settings`. `own`: arguments that only this class knows."
+        return cls(dim_in, from_dict(run.structure.model.settings, cls.Config, "structure.model.settings."), **own)
 
     def forward(self, H: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Geometry:
         "Geometry of embeddings `H` `(B, n, d)`; `mask` `(B, n)` marks real rows (None: all)."

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.config import Section, StructureConfig, TargetConfig, digest
+from ..core.config import Section, digest
 from ..core.errors import InputError, option
 from ..core.seeding import stream_seed
 from ..core.store import content_digest
 from ..core.training import History, Loss, train
-from .batches import Reference, Run
+from .batches import EmbeddedSlide, Run
 from .catalogue import model_class
 from .contract import GeometryModel, Stage
+from .settings import StructureConfig
+from ..targets.settings import TargetConfig
 
 # %% auto #0
 __all__ = ['stages_of', 'train_stage', 'fit_member', 'fit_ensemble']
@@ -32,7 +34,7 @@ def stages_of(model: GeometryModel, run: Run, loss: Loss | None = None, prepare:
     return [*first, last if prepare is None else dataclasses.replace(last, before=prepare)]
 
 
-def train_stage(model: GeometryModel, stage: Stage, slides: Sequence[Reference], run: Run, *, seed: int = 0, member: int = 0, checkpoints: Path | None = None,
+def train_stage(model: GeometryModel, stage: Stage, slides: Sequence[EmbeddedSlide], run: Run, *, seed: int = 0, member: int = 0, checkpoints: Path | None = None,
                 tag: str = "") -> History:
     "One stage of training, in place; resumes from its checkpoint."
     model.requires_grad_(True)
@@ -60,12 +62,12 @@ def fit_member(H: Sequence[np.ndarray], coords: Sequence[np.ndarray], config: St
 
     `checkpoints`: folder for the stages' checkpoints; `tag` names the data in them. Members differ by their random streams only.
     """
-    slides, run = [Reference(h, c) for h, c in zip(H, coords, strict=True)], Run(config, targets)
+    slides, run = [EmbeddedSlide(h, c) for h, c in zip(H, coords, strict=True)], Run(config, targets)
     own = {name: value for name, value in own.items() if value is not None}
     tag = content_digest(tag, *(digest(v) for v in own.values() if isinstance(v, Section))) if own else tag
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "structure", "weights", member))
-        model = model_class(config.model).build(H[0].shape[1], run, **own)
+        model = model_class(config.model.name).build(H[0].shape[1], run, **own)
     histories = {stage.name: train_stage(model, stage, slides, run, seed=seed, member=member, checkpoints=checkpoints, tag=tag)
                  for stage in stages_of(model, run, loss, prepare) if stage.settings.epochs}
     return model.requires_grad_(True).eval(), histories

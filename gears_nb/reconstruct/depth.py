@@ -13,8 +13,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core.seeding import np_rng
-from ..geometry.neighbours import squared_distances_to
 from ..data.preprocess import row_totals
+from ..geometry.neighbours import squared_distances_to
 
 if TYPE_CHECKING:
     from anndata import AnnData

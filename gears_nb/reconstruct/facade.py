@@ -18,10 +18,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from ..core.config import GearsConfig, expand_key, from_dict, override, profile, to_dict, training_digest
+from ..core.config import expand_key, from_dict, override, to_dict
 from ..core.errors import GearsWarning, InputError, option
 from ..core.locks import alone, shared_folder, sweep
 from ..core.progress import working
+from ..core.seeding import np_rng
 from ..core.store import Store, content_digest
 from ..core.training import check_device
 from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_genes
@@ -40,6 +41,7 @@ from ..models.fit import fit_ensemble
 from .depth import Evidence, measure_evidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
+from .settings import GearsConfig, profile, training_digest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -156,11 +158,11 @@ def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> F
     origin = {"settings": training_digest(config), "slides": reference.origin}
     tag = content_digest(origin, *reference.slides)
     with working("embedding of the slides", show):
-        embedding, learned = fit_embedding(reference.slides, config, checkpoint=checkpoints / "encoder", tag=tag)
+        embedding, learned = fit_embedding(reference.slides, config.encoder, seed=config.seed, counts=config.counts, checkpoint=checkpoints / "encoder", tag=tag)
         H = [embedding.embed(s) for s in reference.slides]
     models, histories = fit_ensemble(H, coords, config.structure, config.targets, seed=config.seed, checkpoints=checkpoints, tag=tag)
     cloud = np.concatenate(H)
-    cloud = cloud[np.random.default_rng(config.seed).permutation(len(cloud))[:2000]]
+    cloud = cloud[np_rng(config.seed, "facade", "cloud").permutation(len(cloud))[:2000]]
     with working("how many counts are evidence", show):
         evidence = measure_evidence(embedding.embed, reference.slides, seed=config.seed) if config.counts else Evidence()
     history = {name: h.rows for name, h in {"encoder": learned, **histories}.items() if h.rows}
@@ -183,7 +185,7 @@ def keep_training() -> Iterator[None]:
 
 def find_or_train(reference: Reference, config: GearsConfig) -> Fitted:
     "What `train_all` gives, found in the cache if another run made it or an earlier one was interrupted after training."
-    name = content_digest(training_digest(config), code_digest("reconstruct/facade"), model_code(config.structure.model), *reference.match.genes, *reference.slides)[:16]
+    name = content_digest(training_digest(config), code_digest("reconstruct/facade"), model_code(config.structure.model.name), *reference.match.genes, *reference.slides)[:16]
     root, show = cache_root() / "fits", config.structure.train.progress
     sweep(root)
     with ExitStack() as own:
@@ -300,10 +302,11 @@ def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[
 class _Learned:
     "What a `Gears` has learned, and with which settings."
 
-    def __init__(self, config: GearsConfig | None = None):
-        self.config = config or profile("toy")
-        model = model_class(self.config.structure.model)
-        from_dict(self.config.structure.options, model.Config) if self.config.structure.options else None
+    def __init__(self, config: GearsConfig | None = None, *, model: str | Mapping[str, Any] | None = None):
+        config = config or profile("toy")
+        self.config = config if model is None else override(config, {"structure.model": model})
+        chosen = self.config.structure.model
+        from_dict(chosen.settings, model_class(chosen.name).Config, "structure.model.settings.")  # says now what training would say later
         for train in (self.config.encoder.train, self.config.structure.train):
             check_device(train.device)
         self._fitted: Fitted | None = None
@@ -329,7 +332,8 @@ class _Learned:
 class Gears(_Learned):
     """Learn geometry from spatial slides and give it to cells without positions.
 
-    `config`: from `core.config.profile` (default: `profile("toy")`). Raises `InputError` for a model or a device that is not there.
+    `config`: from `gears_nb.profile` (default: `profile("toy")`). `model`: another model than that of `config`, by name (`gears list models`) or as
+    `{"name": ..., "settings": {...}}`. Raises `InputError` for a model or a device that is not there, and for settings that the model does not have.
     """
 
     def fit(self, slides: AnnData | Sequence[AnnData], cells: AnnData | None = None, *, slide_key: str | None = None, plane: str | None = None,
@@ -489,7 +493,7 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 3  # 2 had no origin and no evidence
+MODEL_FORMAT = 4  # 3 named the model without its settings
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:
@@ -524,13 +528,13 @@ def read_config(folder: str | Path, settings: Mapping[str, Any]) -> GearsConfig:
     "The settings of a saved model with changes to those that do not shape training. Raises `InputError`."
     about = _read(folder)[1]
     try:
-        saved = from_dict(about["config"])
+        saved = from_dict(about["config"], GearsConfig)
     except (KeyError, TypeError, InputError) as error:
         raise _as_saved(folder, error) from error
     config = override(saved, settings)
     if training_digest(replace(config, seed=saved.seed)) != training_digest(saved):
         key = next(k for k in settings if training_digest(replace(override(saved, {k: settings[k]}), seed=saved.seed)) != training_digest(saved))
-        raise InputError(str(folder), expand_key(key)[0], "shaped the training of this model and cannot be changed now", "leave it out, or train another model")
+        raise InputError(str(folder), expand_key(key, GearsConfig)[0], "shaped the training of this model and cannot be changed now", "leave it out, or train another model")
     return config
 
 
@@ -540,7 +544,7 @@ def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
     under = lambda name: {k.split("/", 1)[1]: v for k, v in parts.items() if k.startswith(f"{name}/")}
     try:
         embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
-        run, model = Run(config.structure, config.targets), model_class(config.structure.model)
+        run, model = Run(config.structure, config.targets), model_class(config.structure.model.name)
         models = [model.build(parts["cloud"].shape[1], run) for _ in range(about["models"])]
         for i, m in enumerate(models):
             m.load_state_dict(under(f"model{i}"))

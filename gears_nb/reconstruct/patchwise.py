@@ -16,7 +16,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from ..core.config import PatchConfig, SolveConfig
 from ..core.errors import GearsWarning, InputError
 from ..core.progress import progress as progress_bar
 from ..core.progress import working
@@ -25,6 +24,7 @@ from ..geometry.distances import Solution, solve_distances, start_layout
 from ..geometry.gauge import canonical, gauge_fix, rms
 from .even import even_out
 from .patches import CellGraph, Patches, build_graph, sample_patches
+from .settings import PatchConfig, SolveConfig
 from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ..core.machine import peak_rss_mb, plain, versions_info
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from gears_nb.core.config import GearsConfig
+    from gears_nb.reconstruct.settings import GearsConfig
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
@@ -120,7 +120,7 @@ def run_demo(out: str | Path = "demo", *, profile: str = "toy", seed: int = 0, p
     from gears_nb.runs.files import obtain_model
     start, config = time.perf_counter(), demo_config(profile, seed, progress)
     reference, queries, truth = demo_task(profile, seed)
-    out = open_folder(out, {"settings": digest(config), "data": content_digest(*reference, *queries.values()), "code": code_digest("runs/demo") + model_code(config.structure.model)})
+    out = open_folder(out, {"settings": digest(config), "data": content_digest(*reference, *queries.values()), "code": code_digest("runs/demo") + model_code(config.structure.model.name)})
     _tell(f"reference: {' + '.join(f'{r.n_obs} spots' for r in reference)}; to place: " + ", ".join(f"{n} ({q.n_obs})" for n, q in queries.items()))
     model = obtain_model(config, reference, queries["SC"], out / "model")
     if not Store(out / "model").has("gears"):

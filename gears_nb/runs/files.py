@@ -21,7 +21,7 @@ from ..core.errors import GearsWarning, InputError, heard, option
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from gears_nb.core.config import GearsConfig
+    from gears_nb.reconstruct.settings import GearsConfig
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
@@ -147,7 +147,7 @@ def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
 def make_config(profile: str, seed: int, min_genes: int | None = None, overrides: Sequence[str] | Mapping[str, Any] = (),
                 progress: bool = True) -> GearsConfig:
     """The configuration of a run; `overrides` as `key=value` texts or as a mapping. Raises `InputError` for unknown keys."""
-    from gears_nb.core.config import profile as named
+    from gears_nb.reconstruct.settings import profile as named
     changes = _changes(overrides)
     changes.setdefault("encoder.train.progress", progress), changes.setdefault("structure.train.progress", progress)
     return named(profile, seed=seed, **({"min_genes": min_genes} if min_genes is not None else {}), **changes)
@@ -163,7 +163,7 @@ def obtain_model(config: GearsConfig, slides: Sequence[AnnData], cells: AnnData 
 
     if model_dir is None or not check_model_folder(model_dir):
         return Gears(config).fit(slides, cells, plane=plane)
-    from gears_nb.core.config import training_digest
+    from gears_nb.reconstruct.settings import training_digest
 
     model = Gears.load(model_dir)
     made_from = {"settings": training_digest(config), "slides": slides_digest(clean_slides(slides, cells, config, plane=plane)[0])}

@@ -111,7 +111,7 @@ def front_layouts(task: str = "her2st_A", seed: int = 0, profile: str = "toy") -
     import numpy as np
     from gears_nb.benchmark.baselines import run_baselines
     from gears_nb.benchmark.compare import score_row
-    from gears_nb.core.config import profile as settings
+    from gears_nb.reconstruct.settings import profile as settings
     from gears_nb.core.machine import plain
     from gears_nb.data.registry import load_protocol
     from gears_nb.reconstruct.facade import Gears

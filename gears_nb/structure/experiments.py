@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import GearsConfig, digest, override, to_dict
-from ..core.config import profile as settings
+from ..core.config import digest, override, to_dict
 from ..core.errors import InputError
 from ..core.seeding import torch_rng
 from ..core.store import FORMAT, Store, content_digest
@@ -26,10 +25,11 @@ from ..core.training import TrainingError
 from ..data.genes import match_genes, take_genes
 from ..data.registry import SIMULATED, cache_root, load_protocol
 from ..data.validate import validate_slide
+from ..geometry.neighbours import pair_mask, squared_distances
 from ..lab.digests import closure, code_digest
 from ..lab.experiment import Experiment
 from ..lab.rows import Row, compute_rows
-from ..models.batches import Reference, Run
+from ..models.batches import EmbeddedSlide, Run
 from ..models.catalogue import model_class
 from ..models.contract import GeometryModel, geometry_loss
 from ..models.fit import fit_member
@@ -37,7 +37,8 @@ from .gate import GateLogits, off_diagonal, oracle_edges
 from .gateformer import gate_metrics
 from .graphs import candidate_recall
 from .rungs import Rung, rung
-from ..geometry.neighbours import pair_mask, squared_distances
+from .settings import FitConfig
+from .settings import profile as settings
 from ..targets.builder import GeoTargets, build_targets
 from ..targets.energy import energy, masked_mean
 
@@ -105,7 +106,7 @@ def split(data: str | Sequence[AnnData], seed: int = 0) -> Iterator[tuple[str, l
         yield f"test {i + 1}", [s for j, s in enumerate(slides) if j != i], slides[i]
 
 # %% ../../nbs/structure/09_experiments.ipynb #234e4d5f
-def embed_slides(train: Sequence[AnnData], test: AnnData, config: GearsConfig) -> list[Source]:
+def embed_slides(train: Sequence[AnnData], test: AnnData, config: FitConfig) -> list[Source]:
     "Embedded slides, `test` last; genes are those of the training slides that all share, the embedding is fitted on the training slides."
     from gears_nb.encoder.embedding import fit_embedding
 
@@ -113,7 +114,7 @@ def embed_slides(train: Sequence[AnnData], test: AnnData, config: GearsConfig) -
     checked = [validate_slide(s, n, counts=config.counts, min_spots=config.structure.miniset, drop_constant=False)[0] for s, n in zip([*train, test], names)]
     match = match_genes(checked[:-1], names[:-1], config.min_genes)
     tables = [*(match.apply(t, n) for t, n in zip(checked, names[:-1])), take_genes(checked[-1], match.genes, match.kind, names[-1], fill_missing=True)]
-    embedding, _ = fit_embedding(tables[:-1], config)
+    embedding, _ = fit_embedding(tables[:-1], config.encoder, seed=config.seed, counts=config.counts)
     return [(np.asarray(embedding.embed(t), np.float32), np.asarray(t.obsm["spatial"], np.float64)[:, :2]) for t in tables]
 
 # %% ../../nbs/structure/09_experiments.ipynb #662b8308
@@ -122,13 +123,13 @@ def fold_store() -> Store:
     return Store(cache_root() / "structure")
 
 
-def _fold_key(data: str | Sequence[AnnData], seed: int, config: GearsConfig) -> str:
+def _fold_key(data: str | Sequence[AnnData], seed: int, config: FitConfig) -> str:
     what = data if isinstance(data, str) else [content_digest(s) for s in data]
-    counts, code = (config.counts, config.min_genes, config.n_hvg), code_digest("encoder/embedding", "data/registry")
+    counts, code = (config.counts, config.min_genes), code_digest("encoder/embedding", "data/registry")
     return "folds/" + content_digest(what, seed, digest(config.encoder), config.structure.miniset, counts, code)[:20]
 
 
-def folds(data: str | Sequence[AnnData], seed: int = 0, config: GearsConfig | None = None, store: Store | None = None) -> list[Fold]:
+def folds(data: str | Sequence[AnnData], seed: int = 0, config: FitConfig | None = None, store: Store | None = None) -> list[Fold]:
     """The folds of `data` (a name, `NAME:SEED`, or slides), embedded with `config.encoder` (default: profile toy, smoke for tiny) and cached.
 
     `seed`: of simulation and embedding. Raises `InputError` for unknown names, absent data or unusable slides.
@@ -152,7 +153,7 @@ EDGES = ("gated", "oracle", "plain")
 class Variant:
     "One way to train: full settings, the rung and the graph it works on."
 
-    config: GearsConfig
+    config: FitConfig
     rung: Rung
     edges: str = "gated"
 
@@ -163,14 +164,14 @@ class Variant:
         return content_digest(*parts)[:20]
 
 
-def variant(diff: Mapping[str, Any], base: GearsConfig) -> Variant:
+def variant(diff: Mapping[str, Any], base: FitConfig) -> Variant:
     "`base` with the changes of `diff`. Raises `InputError` for unknown keys and impossible values."
     edges = diff.get("edges", "gated")
     if edges not in EDGES:
         raise InputError("experiments", "edges", f"is {edges!r}", f"choose one of {', '.join(EDGES)}")
     options = {k.removeprefix("rung."): v for k, v in diff.items() if k.startswith("rung.")}
     config = override(base, {k: v for k, v in diff.items() if k != "edges" and not k.startswith("rung.")})
-    return Variant(config, rung(config.structure.model, **options), edges)
+    return Variant(config, rung(config.structure.model.name, **(config.structure.model.settings | options)), edges)
 
 # %% ../../nbs/structure/09_experiments.ipynb #13a6cc0b
 MINISETS = {"smoke": 6, "toy": 160, "paper": 320}
@@ -190,7 +191,7 @@ class EvaluationSettings:
     seed: int = 0
 
     @classmethod
-    def of(cls, base: GearsConfig, count: int | None = None) -> EvaluationSettings:
+    def of(cls, base: FitConfig, count: int | None = None) -> EvaluationSettings:
         "The evaluation of a base; `count` minisets (None: by its profile)."
         c, t = base.structure, base.targets
         return cls(c.miniset, c.batch, c.global_fraction, t.k, t.rw_steps, count or MINISETS[base.profile])
@@ -209,7 +210,7 @@ class EvaluationSet:
 
 def evaluation_set(source: Source, s: EvaluationSettings) -> EvaluationSet:
     "Minisets of `source`, near and far ones by turns, with their targets."
-    slide, rng = Reference(*source), torch_rng(s.seed, "experiments", "exam")
+    slide, rng = EmbeddedSlide(*source), torch_rng(s.seed, "experiments", "exam")
     batches = []
     for turn, start in enumerate(range(0, s.count, s.batch)):
         index = slide.draw(s.miniset, min(s.batch, s.count - start), s.global_fraction[turn % len(s.global_fraction)], rng)
@@ -322,7 +323,7 @@ def trained(v: Variant, fold: Fold, seed: int, store: Store | None = None) -> tu
         state = train_variant(v, fold, seed).state_dict()
         store.save(key, state, {"seconds": time.process_time() - start})
     tensors, meta = store.load(key)
-    model = model_class(v.config.structure.model).build(fold.test[0].shape[1], Run(v.config.structure, v.config.targets), rung=v.rung)
+    model = model_class(v.config.structure.model.name).build(fold.test[0].shape[1], Run(v.config.structure, v.config.targets), rung=v.rung)
     model.load_state_dict(tensors)
     return model.eval(), meta["seconds"]
 
@@ -371,12 +372,12 @@ LADDER: dict[str, Any] = {"structure.miniset": 128, "structure.k_cand": 54, "str
 CHEAP: dict[str, dict[str, Any]] = {"smoke": {}, "toy": LADDER, "paper": {}}
 
 
-def base_config(profile: str = "toy", base: str = "d7", diff: Mapping[str, Any] | None = None) -> GearsConfig:
+def base_config(profile: str = "toy", base: str = "d7", diff: Mapping[str, Any] | None = None) -> FitConfig:
     "The settings that variants of an experiment start from: profile, its cheap settings, the preset, changes for all."
     return settings(profile, **(CHEAP.get(profile, {}) | {"structure.model": base, "structure.train.progress": False} | dict(diff or {})))
 
 # %% ../../nbs/structure/09_experiments.ipynb #0262320c
-def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: Sequence[int], base: GearsConfig, count: int | None, fold_seed: int, store: Store) -> list[Row]:
+def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: Sequence[int], base: FitConfig, count: int | None, fold_seed: int, store: Store) -> list[Row]:
     "All rows that are asked for, fold by fold; folds are built as needed."
     code, evaluation, rows = row_code(), EvaluationSettings.of(base, count), []
     ready = {name: variant(diff, base) for name, diff in variants.items()}
@@ -396,7 +397,7 @@ def plan(variants: Mapping[str, Mapping[str, Any]], data: Sequence[Any], seeds: 
 
 
 def run_variants(experiment: str | Experiment, variants: Mapping[str, Mapping[str, Any]], *, data: str | Fold | Sequence[Any], seeds: Sequence[int], profile: str = "toy",
-                 base: str | GearsConfig = "d7", diff: Mapping[str, Any] | None = None, minisets: int | None = None, fold_seed: int = 0,
+                 base: str | FitConfig = "d7", diff: Mapping[str, Any] | None = None, minisets: int | None = None, fold_seed: int = 0,
                  jobs: int | None = None, strict: bool = True, show: bool | None = None, store: Store | None = None) -> pd.DataFrame:
     """One row per variant, fold and seed: the tidy table of an experiment.
 
@@ -407,7 +408,7 @@ def run_variants(experiment: str | Experiment, variants: Mapping[str, Mapping[st
     import pandas as pd
 
     store = store or fold_store()
-    config = base if isinstance(base, GearsConfig) else base_config(profile, base, diff)
+    config = base if isinstance(base, FitConfig) else base_config(profile, base, diff)
     sources = [data] if isinstance(data, (str, Fold)) else list(data)
     rows = plan(variants, sources, seeds, config, minisets, fold_seed, store)
     title = experiment if isinstance(experiment, str) else experiment.key

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..core.seeding import rand, randn
 from ..geometry.gauge import gauge_fix
+from ..geometry.neighbours import squared_distances
 from ..models.contract import GeometryModel
 from .gate import GateLogits, candidate_pairs
-from ..geometry.neighbours import squared_distances
 from ..targets.energy import masked_mean
 
 # %% auto #0

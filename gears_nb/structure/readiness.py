@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.config import GearsConfig
 from ..core.errors import InputError, option
 from ..core.machine import plain, spread
 from ..core.store import Store
@@ -20,6 +19,7 @@ from ..encoder.probes import norm_ratio, slide_accuracy
 from ..lab.findings import Bars, Diagnosis, Finding
 from ..models.contract import GeometryModel
 from .experiments import HEALTH, EvaluationSet, base_config, folds, measure, run_variants
+from .settings import FitConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,17 +208,17 @@ def rows_of(models: Sequence[GeometryModel], evaluation: EvaluationSet, fold: st
     return pd.DataFrame([{"variant": MODEL, "fold": fold, "seed": i, "diverged": 0.0, **measure(m, evaluation)} for i, m in enumerate(models)])
 
 # %% ../../nbs/structure/10_readiness.ipynb #9d32f821
-def variants_of(config: GearsConfig) -> dict[str, dict[str, Any]]:
+def variants_of(config: FitConfig) -> dict[str, dict[str, Any]]:
     "The judged model, and the same with 1.25 and 1.5 times as many candidates (80, 100, 120)."
     k = config.structure.k_cand
     return {MODEL: {}, **{f"k {round(k * f)}": {"structure.k_cand": round(k * f)} for f in (1.25, 1.5)}}
 
 
-def embed_samples(samples: Samples, config: GearsConfig) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+def embed_samples(samples: Samples, config: FitConfig) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     "Embeddings of slides by name, and of the cells, by an embedding fitted on all slides."
     from gears_nb.encoder.embedding import fit_embedding
 
-    embedding, _ = fit_embedding(samples.slides, config)
+    embedding, _ = fit_embedding(samples.slides, config.encoder, seed=config.seed, counts=config.counts)
     H = {name: embedding.embed(t) for name, t in zip(samples.names, samples.tables)}
     cells = H.pop(samples.names[-1]) if samples.cells is not None else None
     return H, cells

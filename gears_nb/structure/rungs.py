@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.config import Section, StructureConfig, TargetConfig, from_dict, to_dict
+from ..core.config import Count, Range, Section, Size, Weight, from_dict, to_dict
 from ..core.errors import InputError
 from ..core.training import Loss
 from ..models.batches import Batch, Run, distance_batches, target_batches
@@ -44,12 +43,14 @@ from gears_nb.structure.ipa import (
     rw_weight,
     trace_record,
 )
+from .settings import LadderConfig
 from ..targets.builder import GeoTargets
 from ..targets.energy import energy, stress
+from ..targets.settings import TargetConfig
 
 # %% auto #0
-__all__ = ['OPTIONS', 'THREE_BLOCKS', 'RUNGS', 'PLAIN', 'V1', 'V2', 'D2', 'D7', 'EGNN', 'TOPO', 'Motion', 'LogitTerms',
-           'GateChoice', 'Lessons', 'Rung', 'rung', 'make_block', 'make_gate', 'make_pair', 'loss_terms', 'gate_terms',
+__all__ = ['THREE_BLOCKS', 'RUNGS', 'PLAIN', 'V1', 'V2', 'D2', 'D7', 'EGNN', 'TOPO', 'Motion', 'LogitTerms', 'GateChoice',
+           'Lessons', 'Rung', 'rung', 'make_block', 'make_gate', 'make_pair', 'loss_terms', 'gate_terms',
            'loss_weights', 'beta_share', 'check_edges', 'Ladder', 'gate_loss', 'pretrain_gate']
 
 # %% ../../nbs/structure/07_rungs.ipynb #14166657
@@ -57,79 +58,62 @@ __all__ = ['OPTIONS', 'THREE_BLOCKS', 'RUNGS', 'PLAIN', 'V1', 'V2', 'D2', 'D7', 
 class Motion(Section):
     "Blocks, recycles and steps of a rung."
 
-    update: str = "ipa"                 # attention, or "egnn" messages weighed by the gate
-    recycles: int | None = None         # None: structure.recycles
-    shared: bool = True                 # one block for all recycles
-    maps: str = "full"                  # A_h: full | rotation | scalar
-    eta: str = "learned"                # step sizes: learned | fixed
-    theta: float = 0.4                  # step size at the start, sigmoid(theta): 0.6
-    eta_floor: float = 0.0              # least size of the first step
-    stop_gradient: bool = False         # coordinates enter every recycle as constants
-    uniform_from: int | None = None     # from this recycle on (0: the first), attention is uniform over the graph
-    smoothing: int = 0                  # further recycles that only mix coordinates along the gate's walk
+    update: Literal["ipa", "egnn"] = "ipa"                # attention, or "egnn" messages weighed by the gate
+    recycles: Size | None = None                          # None: structure.recycles
+    shared: bool = True                                   # one block for all recycles
+    maps: Literal["full", "rotation", "scalar"] = "full"  # A_h
+    eta: Literal["learned", "fixed"] = "learned"          # step sizes
+    theta: float = 0.4                                    # step size at the start, sigmoid(theta): 0.6
+    eta_floor: Weight = 0.0                               # least size of the first step
+    stop_gradient: bool = False                           # coordinates enter every recycle as constants
+    uniform_from: Count | None = None                     # from this recycle on (0: the first), attention is uniform over the graph
+    smoothing: Count = 0                                  # further recycles that only mix coordinates along the gate's walk
 
 # %% ../../nbs/structure/07_rungs.ipynb #1bc6acca
 @dataclass(frozen=True)
 class LogitTerms(Section):
     "Terms of the attention logits of a rung, without the gate."
 
-    qk_norm: bool = True                # unit queries and keys
-    tau: str = "learned"                # their scale: learned in [1, 10] | clamped (learned in [0.5, 4]) | fixed (1)
-    geo: str = "distance"               # none | distance | rbf | points
-    geo_from: int = 0                   # first recycle with geometry; -1: the last one only
-    geo_clip: float | None = 10.0       # bound of the geometric term
-    pair: bool = False                  # w . z_ij of an unsupervised pair representation
-    logit_clip: float | None = None     # bound of the sum of all terms
+    qk_norm: bool = True                                            # unit queries and keys
+    tau: Literal["learned", "clamped", "fixed"] = "learned"         # their scale: learned in [1, 10], clamped (learned in [0.5, 4]) or fixed (1)
+    geo: Literal["none", "distance", "points", "rbf"] = "distance"  # the geometric term
+    geo_from: Annotated[int, Range(-1)] = 0                         # first recycle with geometry; -1: the last one only
+    geo_clip: Weight | None = 10.0                                  # bound of the geometric term
+    pair: bool = False                                              # w . z_ij of an unsupervised pair representation
+    logit_clip: Weight | None = None                                # bound of the sum of all terms
 
 # %% ../../nbs/structure/07_rungs.ipynb #e820b8a9
 @dataclass(frozen=True)
 class GateChoice(Section):
     "Candidate graph and gate of a rung."
 
-    graph: str = "euclid"               # candidates: a name of `structure.graphs.GRAPHS`
-    gate: str = "edge"                  # none | edge | heads | context
-    gate_columns: int = 0               # last columns of H that only the gate sees
-    gate_input: str = "augmented"       # what it sees in joint training: the noisy H of the blocks, or the clean one
-    beta: float | None = None           # weight of the gate in the logits; None: structure.beta
-    beta_learned: bool = False          # one per recycle, learned in [0, 2.5]
-    beta_start: float = 0.5             # weight before the ramp
-    beta_ramp: int = 0                  # epochs from beta_start to beta; 0: none
-    bias_clip: float | None = None      # bound of beta * g
-    detach_gate: bool = False           # geometry's errors do not reach the gate
+    graph: str = "euclid"                                       # candidates: a name of `structure.graphs.GRAPHS`
+    gate: Literal["none", "edge", "heads", "context"] = "edge"  # its kind
+    gate_columns: Count = 0                                     # last columns of H that only the gate sees
+    gate_input: Literal["augmented", "clean"] = "augmented"     # what it sees in joint training: the noisy H of the blocks, or the clean one
+    beta: Weight | None = None                                  # weight of the gate in the logits; None: structure.beta
+    beta_learned: bool = False                                  # one per recycle, learned in [0, 2.5]
+    beta_start: Weight = 0.5                                    # weight before the ramp
+    beta_ramp: Count = 0                                        # epochs from beta_start to beta; 0: none
+    bias_clip: Weight | None = None                             # bound of beta * g
+    detach_gate: bool = False                                   # geometry's errors do not reach the gate
 
 # %% ../../nbs/structure/07_rungs.ipynb #2e4b24b4
 @dataclass(frozen=True)
 class Lessons(Section):
     "What the gate of a rung is taught, and when."
 
-    gate_steps: tuple[int, ...] = (1,)  # walks that teach the gate: (1,), (2,) or their mean (1, 2)
-    gate_diagonal: bool = False         # self-edges take part in the gate's loss
-    rank_weight: float = 0.0            # hinge: true neighbours above other candidates
-    trust_weight: float = 0.0           # KL(pretrained gate || gate)
-    distil_weight: float = 0.0          # agreement with a teacher on true edges
-    warm_epochs: int = 0                # epochs with a frozen gate before joint training (at beta_start, if there is a ramp)
+    gate_steps: tuple[Size, ...] = (1,)  # walks that teach the gate: (1,), (2,) or their mean (1, 2)
+    gate_diagonal: bool = False          # self-edges take part in the gate's loss
+    rank_weight: Weight = 0.0            # hinge: true neighbours above other candidates
+    trust_weight: Weight = 0.0           # KL(pretrained gate || gate)
+    distil_weight: Weight = 0.0          # agreement with a teacher on true edges
+    warm_epochs: Count = 0               # epochs with a frozen gate before joint training (at beta_start, if there is a ramp)
 
 # %% ../../nbs/structure/07_rungs.ipynb #3ae96a6b
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "update": ("ipa", "egnn"), "tau": (*Content.RANGES, "fixed"), "geo": ("none", *GEOMETRY), "maps": tuple(Maps.SHAPES),
-    "eta": ("learned", "fixed"), "gate": ("none", "edge", "heads", "context"), "gate_input": ("augmented", "clean"),
-}
-"Options of a rung that take one of a few words."
-
-
 @dataclass(frozen=True)
 class Rung(Lessons, GateChoice, LogitTerms, Motion):
     "All choices of one rung: `Motion`, `LogitTerms`, `GateChoice`, `Lessons`. The defaults are those of D7."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, words in OPTIONS.items():
-            if getattr(self, name) not in words:
-                raise InputError("rung", name, f"is {getattr(self, name)!r}", f"choose one of {', '.join(words)}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and field.name not in ("theta", "geo_from") and value < 0:
-                raise InputError("rung", field.name, f"is {value!r}", "choose a value of at least 0")
 
 # %% ../../nbs/structure/07_rungs.ipynb #1920bd29
 THREE_BLOCKS = {"recycles": 3, "shared": False, "eta": "fixed", "geo_from": -1}
@@ -150,7 +134,7 @@ def rung(name: str, **diff: Any) -> Rung:
     "The rung `name` with some choices changed. Raises `InputError` for unknown names and impossible values."
     if name not in RUNGS:
         raise InputError("rung", "name", f"unknown rung {name!r}", f"choose from {', '.join(RUNGS)}")
-    return from_dict(to_dict(RUNGS[name]) | diff, Rung)
+    return from_dict(to_dict(RUNGS[name]) | diff, Rung, "rung.")
 
 # %% ../../nbs/structure/07_rungs.ipynb #c118b11d
 def make_block(choice: Rung, dim: int, heads: int, near: bool) -> nn.Module:
@@ -195,7 +179,7 @@ def gate_terms(gate: GateLogits, targets: GeoTargets, choice: Rung, before: Gate
     return terms
 
 
-def loss_weights(config: StructureConfig, choice: Rung, stress_weight: float, epoch: int) -> dict[str, float]:
+def loss_weights(config: LadderConfig, choice: Rung, stress_weight: float, epoch: int) -> dict[str, float]:
     "Weight of every term in this epoch (Sources S3, section B4. Full loss); the first guess gets half the weight of the last coordinates."
     return {"rw": rw_weight(epoch, config.warmup, config.rw_ramp, config.rw_cap), "stress": stress_weight,
             "stress0": stress_weight / 2, "repulsion": config.repulsion, "entropy": config.entropy, "gate": config.gate_weight,
@@ -222,10 +206,11 @@ class Ladder(GeometryModel):
     `outside`: helpers that are not part of the model and are not saved: `anchor` (the pretrained gate, for trust), `distil` (called with x, H, targets, mask; a
     scalar loss), `project` (columns of H -> the space of the candidates)."""
 
-    Config = StructureConfig
+    Config = Rung
+    Training = LadderConfig
     preset = Rung()
 
-    def __init__(self, dim_in: int, config: StructureConfig, *,
+    def __init__(self, dim_in: int, config: LadderConfig, *,
                  targets: TargetConfig | None = None,     # stress form and weight (None: the defaults)
                  rung: Rung | None = None,                # None: the preset of the class
                  gate_dim: int = 32,                      # projection of H in an edge gate
@@ -248,8 +233,9 @@ class Ladder(GeometryModel):
 
     @classmethod
     def build(cls, dim_in: int, run: Run, **own: Any) -> Ladder:
-        "The rung of a run: its settings are those of `run.structure` and `run.targets`; `own`: `rung`, ..."
-        return cls(dim_in, run.structure, targets=run.targets, **own)
+        "The rung of a run: sizes and weights of `run.structure` and `run.targets`, choices of `structure.model.settings` over those of the class; `own`: `rung`, ..."
+        chosen = from_dict(to_dict(cls.preset) | run.structure.model.settings, Rung, "structure.model.settings.")
+        return cls(dim_in, run.structure, targets=run.targets, **{"rung": chosen, **own})
 
     def seal(self) -> Ladder:
         "From now on, true edges need `oracle=True`. A saved model stays sealed."

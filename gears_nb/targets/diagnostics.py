@@ -31,7 +31,7 @@ from gears_nb.targets.families import (
 )
 
 # %% auto #0
-__all__ = ['SECTIONS', 'ARRAYS', 'REGION_COLUMNS', 'LEADING', 'LEVELS', 'SIGNATURES', 'Section', 'present', 'load_section',
+__all__ = ['SECTIONS', 'ARRAYS', 'REGION_COLUMNS', 'LEADING', 'LEVELS', 'SIGNATURES', 'TissueSection', 'present', 'load_section',
            'draw_minisets', 'walk_spectrum', 'walk_entropy', 'quantiles', 'f1_signature', 'f2_signature',
            'f3_signature', 'f4_signature', 'f5_signature', 'f6_signature', 'f7_signature', 'gram_signature',
            'signatures', 'tie_share']
@@ -60,7 +60,7 @@ REGION_COLUMNS = ("layer", "domain", "region")
 
 
 @dataclass(frozen=True)
-class Section:
+class TissueSection:
     "Positions `coords` (N, 2) float64 of one section in its own unit; `regions` (N,) are the authors' region names, or None."
     name: str
     coords: np.ndarray
@@ -96,14 +96,14 @@ def _positions(relative: str, slide: str) -> tuple[np.ndarray, np.ndarray | None
     return coords[keep], None if regions is None else regions[keep]
 
 
-def load_section(name: str, seed: int = 0) -> Section:
+def load_section(name: str, seed: int = 0) -> TissueSection:
     "The section called `name`, simulated or real. `InputError` for an unknown name or an absent file."
     if name in SIMULATED:
-        return Section(name, np.asarray(load_protocol(name, seed).query.obsm["spatial"], np.float64))
+        return TissueSection(name, np.asarray(load_protocol(name, seed).query.obsm["spatial"], np.float64))
     if name not in SECTIONS:
         raise InputError("sections", name, "is no section", f"use one of {', '.join([*SIMULATED, *SECTIONS])}")
     relative, _, slide = SECTIONS[name].partition(":")
-    return Section(name, *_positions(relative, slide))
+    return TissueSection(name, *_positions(relative, slide))
 
 # %% ../../nbs/targets/06_stability.ipynb #36ed8889
 def draw_minisets(coords: np.ndarray, n: int, count: int, rng: torch.Generator, window: bool = False) -> Tensor:
