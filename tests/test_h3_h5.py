@@ -7,7 +7,7 @@ import pytest
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import PRESETS
-from gears_nb.encoder.h3 import (
+from gears_nb.encoder.h3_composition import (
     Shares,
     composition,
     contingency,
@@ -17,7 +17,15 @@ from gears_nb.encoder.h3 import (
     spatial_blocks,
     within_clusters,
 )
-from gears_nb.encoder.h5 import amplitude, elasticities, gradients, h5, program_levels, slide_directions, span_cosines
+from gears_nb.encoder.h5_biology import (
+    amplitude,
+    elasticities,
+    gradients,
+    h5,
+    program_levels,
+    slide_directions,
+    span_cosines,
+)
 from gears_nb.encoder.markers import choose_panels
 from gears_nb.encoder.probes import load_slides, stack_slides
 

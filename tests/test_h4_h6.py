@@ -7,8 +7,8 @@ import pytest
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import PRESETS
-from gears_nb.encoder import h4 as module
-from gears_nb.encoder.h4 import (
+from gears_nb.encoder import h4_infonce as module
+from gears_nb.encoder.h4_infonce import (
     SCHEDULES,
     Embedded,
     Trial,
@@ -26,7 +26,7 @@ from gears_nb.encoder.h4 import (
     stored_preset,
     trial,
 )
-from gears_nb.encoder.h6 import aligned_row, dealt, h6, h6_verdict, mapped, remedy_verdict
+from gears_nb.encoder.h6_alignment import aligned_row, dealt, h6, h6_verdict, mapped, remedy_verdict
 from gears_nb.encoder.presets import fit_preset
 from gears_nb.encoder.probes import load_slides
 

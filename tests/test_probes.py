@@ -5,8 +5,8 @@ import scipy.sparse as sp
 
 from gears_nb.core.errors import InputError
 from gears_nb.encoder import probes
-from gears_nb.encoder.h1 import h1_verdict, pairwise_auc, qc_features
-from gears_nb.encoder.h2 import BROAD, gene_shifts, h2_verdict, kruskal_genes, typical_shift, zscored
+from gears_nb.encoder.h1_qc_leakage import h1_verdict, pairwise_auc, qc_features
+from gears_nb.encoder.h2_mean_shift import BROAD, gene_shifts, h2_verdict, kruskal_genes, typical_shift, zscored
 
 RNG = np.random.default_rng(3)
 H = RNG.normal(size=(240, 6))

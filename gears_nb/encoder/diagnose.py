@@ -262,7 +262,7 @@ def hypothesis(key: str, verdict: str, summary: str, numbers: dict[str, Any], ch
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #c278ff26
 def _h1(samples: Samples) -> Finding:
-    from gears_nb.encoder.h1 import h1
+    from gears_nb.encoder.h1_qc_leakage import h1
     r = h1(samples.slides, seed=samples.seed, pcs=samples.settings.pcs, n_hvg=samples.settings.n_hvg)
     pair, a = max(r["depth_pairs"], key=lambda p: p["auc"]), r["accuracy"]
     summary = (f"Depth alone tells {pair['pair'][0]} from {pair['pair'][1]} with AUC {pair['auc']:.2f} (0.5 is chance). Slide named from seven QC numbers {a['qc']:.2f}, "
@@ -271,7 +271,7 @@ def _h1(samples: Samples) -> Finding:
 
 
 def _h2(samples: Samples) -> Finding:
-    from gears_nb.encoder.h2 import h2
+    from gears_nb.encoder.h2_mean_shift import h2
     r = h2(samples.slides, seed=samples.seed, pcs=samples.settings.pcs, n_hvg=samples.settings.n_hvg, drops=(), harmony=False)
     c, shift = r["corrections"], r["typical_shift"]["shift"]
     summary = (f"A typical gene is off by {np.expm1(shift):.0%} between slides, beyond tissue and noise; {r['differing_genes']['share_fdr05']:.0%} of genes differ. "
@@ -281,7 +281,7 @@ def _h2(samples: Samples) -> Finding:
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #89791745
 def _h3(samples: Samples) -> Finding:
-    from gears_nb.encoder.h3 import h3
+    from gears_nb.encoder.h3_composition import h3
     r = h3(list(samples.slides), seed=samples.seed, clusters=())
     t, charts = r["shares"], []
     if r["basis"] == "panels":
@@ -294,7 +294,7 @@ def _h3(samples: Samples) -> Finding:
 
 
 def _h5(samples: Samples) -> Finding:
-    from gears_nb.encoder.h5 import TECHNICAL, h5
+    from gears_nb.encoder.h5_biology import TECHNICAL, h5
     r = h5(list(samples.slides), seed=samples.seed, tables=False)
     b, g, z = r["biology"], r["gradient"], {name: row["z"] for name, row in r["levels"].items()}
     if not np.isfinite(b["p"]):
@@ -308,7 +308,7 @@ def _h5(samples: Samples) -> Finding:
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #1490f2a1
 def _h4(samples: Samples) -> Finding:
-    from gears_nb.encoder.h4 import ODD, h4
+    from gears_nb.encoder.h4_infonce import ODD, h4
     r = h4(list(samples.slides), seed=samples.seed, root=samples.store, **samples.settings.training)
     odd, near = r["organisation"]["oddness"], {k: e["overlap20_train"] for k, e in r["encoders"].items()}
     first = max(odd, key=odd.get)
@@ -319,7 +319,7 @@ def _h4(samples: Samples) -> Finding:
 
 
 def _h6(samples: Samples) -> Finding:
-    from gears_nb.encoder.h6 import h6
+    from gears_nb.encoder.h6_alignment import h6
     r = h6(list(samples.slides), seed=samples.seed, root=samples.store, clusters=(), **samples.settings.training)
     rows, cost = r["embeddings"], r["cost"]
     near = {"not aligned": rows["v3"], "while training": rows["trained"], "afterwards": rows["global"]}

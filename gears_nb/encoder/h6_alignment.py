@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from .alignment import conditional_coral_map, coral_map
-from .h4 import Embedded, Trial, embedded, locality, places, stored_preset
+from .h4_infonce import Embedded, Trial, embedded, locality, places, stored_preset
 from .probes import slide_accuracy
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.seeding import np_rng
-from .h3 import Shares, composition, panels_of, pca, spatial_blocks, usable
+from .h3_composition import Shares, composition, panels_of, pca, spatial_blocks, usable
 from .markers import Panels, gene_classes, program_scores
 from .probes import Stacked, by_slide, morans_i, slide_accuracy, stack_slides
 
