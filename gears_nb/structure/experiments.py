@@ -209,7 +209,7 @@ class EvaluationSet:
 
 
 def evaluation_set(source: Source, s: EvaluationSettings) -> EvaluationSet:
-    "Minisets of `source`, near and far ones by turns, with their targets."
+    "Minisets of `source` with their targets; batches take the shares of `global_fraction` by turns."
     slide, rng = EmbeddedSlide(*source), torch_rng(s.seed, "experiments", "exam")
     batches = []
     for turn, start in enumerate(range(0, s.count, s.batch)):
