@@ -34,6 +34,13 @@ def square(x: int) -> dict[str, float]:
     return {"y": SCALE * x * x}
 
 
+def busy(x: int) -> dict[str, float]:
+    end = time.process_time() + 0.15
+    while time.process_time() < end:
+        pass
+    return square(x)
+
+
 def drawn(x: int) -> dict[str, float]:
     return {"y": float(np_rng(x, "row").random())}
 
@@ -260,7 +267,9 @@ def test_the_same_run_reports_the_same_cost(tmp_path, monkeypatch):
     monkeypatch.setenv("GEARS_CACHE", str(tmp_path / "cache"))
     one, two = experiment(tmp_path), experiment(tmp_path)
     grid = [{"x": x} for x in range(3)]
-    assert one.rows(square, grid).lines == two.rows(square, grid).lines and one.row_seconds == two.row_seconds > 0
+    assert one.rows(busy, grid).lines == two.rows(busy, grid).lines and one.row_seconds == two.row_seconds > 0.3
+    first, second = (opened.record({"rows": []})["seconds"] for opened in (one, two))
+    assert first < one.row_seconds + 0.3 and second < two.row_seconds + 0.3, "rows of this process are counted twice"
 
 
 def test_a_record_is_whole_or_absent(tmp_path):

@@ -77,8 +77,9 @@ class Experiment(_Identity):
         return self.count(compute_rows(self.key, asked, jobs=jobs, strict=strict, show=not self.smoke))
 
     def count(self, table: Rows) -> Rows:
-        "Add the seconds of rows that were made elsewhere; returns them."
+        "Count the seconds of rows once, whether they were computed here and now, by another process, or earlier; returns the rows."
         self.row_seconds += table.seconds
+        self.started += table.spent
         return table
 
     def judge(self, *verdicts: Verdict) -> list[Verdict]:

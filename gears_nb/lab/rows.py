@@ -96,10 +96,11 @@ class FailedRows(RuntimeError):
 
 @dataclass
 class Rows(Sequence[dict[str, Any]]):
-    "Lines of a table, labels first, and the CPU `seconds` that their rows took when they were computed."
+    "Lines of a table, labels first, the CPU `seconds` that their rows took when they were computed, and those `spent` by this process now."
 
     lines: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    spent: float = 0.0
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -163,8 +164,11 @@ def compute_rows(experiment: str, rows: Iterable[Row], *, jobs: int | None = 1, 
     missing = {path: row for row, path in placed if not path.is_file()}
     if show and missing:
         print(f"{experiment}: {budget(folder, len({p for _, p in placed}) - len(missing), len(missing), jobs)}")
+    start = time.process_time()
     failures = _work(missing, jobs, experiment, show)
+    spent = time.process_time() - start
     table = _gather((row, path) for row, path in placed if path.is_file())
+    table.spent = spent
     if failures and strict:
         raise FailedRows(failures, table)
     for failure in failures:
