@@ -63,7 +63,7 @@ def without_covariate(P: np.ndarray, covariate: np.ndarray, labels: Sequence) ->
     slope = inside @ Z / max(float(inside @ inside), 1e-12)
     return P - np.outer(np.asarray(covariate, np.float64) - np.mean(covariate), slope)
 
-# %% ../../nbs/encoder/10_h1_qc.ipynb #82e88a62
+# %% ../../nbs/encoder/10_h1_qc.ipynb #e10n0021
 DEPTH_AUC, MARGIN, BEYOND_NOISE = 0.55, 0.10, 3.0
 
 
@@ -74,7 +74,7 @@ def h1_verdict(pairs: Sequence[dict[str, Any]], qc_accuracy: float, chance: floa
         return "FALSIFIED"
     return "CONFIRMED" if qc_accuracy >= chance + MARGIN else "PARTIAL"
 
-
+# %% ../../nbs/encoder/10_h1_qc.ipynb #82e88a62
 def h1(slides: Sequence[AnnData], *, seed: int = 0, pcs: int = 50, n_hvg: int | None = 5000, counts: bool = True) -> dict[str, Any]:
     """H1 on gene-matched `slides` (spots, raw counts): accuracies by feature set, depth per slide and per pair, verdict.
 

@@ -136,7 +136,7 @@ def ablation(table: Stacked, order: np.ndarray, drops: Sequence[int], pcs: int, 
             rows.append({"dropped": int(drop), "left": len(keep), **probe_table(compressed(table.X[:, keep], pcs, seed), table, seed)})
     return rows
 
-# %% ../../nbs/encoder/11_h2_mean_shift.ipynb #bb28774e
+# %% ../../nbs/encoder/11_h2_mean_shift.ipynb #e11n0031
 SEPARABLE, CLOSE, BROAD = 0.20, 0.10, 0.10
 DROPS = (50, 100, 200, 500, 1000)
 
@@ -147,7 +147,7 @@ def h2_verdict(raw: float, centred: float, shift: float, chance: float) -> str:
         return "FALSIFIED"
     return "CONFIRMED" if raw >= chance + SEPARABLE and centred <= chance + CLOSE else "PARTIAL"
 
-
+# %% ../../nbs/encoder/11_h2_mean_shift.ipynb #bb28774e
 def h2(
     slides: Sequence[AnnData], *, seed: int = 0, pcs: int = 50, n_hvg: int | None = 5000, drops: Sequence[int] = DROPS, harmony: bool = True
 ) -> dict[str, Any]:

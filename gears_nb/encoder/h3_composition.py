@@ -179,7 +179,7 @@ def _halves(groups: np.ndarray, stacked: Stacked) -> dict[str, float]:
         found.append(contingency(groups[rows], x > np.median(x)))
     return {f"halves_{key}": float(np.mean([f[key] for f in found])) for key in ("cramers_v", "tvd")}
 
-# %% ../../nbs/encoder/12_h3_composition.ipynb #e0441d78
+# %% ../../nbs/encoder/12_h3_composition.ipynb #e12n0033
 def cluster_table(stacked: Stacked, raw: np.ndarray, centred: np.ndarray, k: int, *, folds: int = 5, seed: int = 0) -> dict[str, float]:
     "All cluster tests at `k` clusters; `raw` and `centred` are principal components (n, d)."
     groups, soft = kmeans(centred, k, seed)
@@ -202,13 +202,13 @@ def _verdict(test: dict[str, float], excess: float) -> str:
         return "FALSIFIED" if test["resolution"] <= RESOLUTION else "UNDECIDED"
     return "CONFIRMED" if excess >= TVD_CONFIRMED else "PARTIAL" if excess >= TVD_PARTIAL else "FALSIFIED"
 
-
+# %% ../../nbs/encoder/12_h3_composition.ipynb #e0441d78
 def h3(slides: list[AnnData], *, seed: int = 0, clusters: Sequence[int] = (20,), tissue: str | None = None, folds: int = 5) -> dict[str, Any]:
     """Does composition differ between `slides` (gene-matched counts, `obs['slide']`, `obsm['spatial']`)? Tables of numbers and a `verdict`.
 
     `verdict` follows the shares of the countable marker panels (`shares`: effect and p against the thresholds above; "CONFIRMED", "PARTIAL", "FALSIFIED",
     or "UNDECIDED" where no difference is seen but an ordinary one could not have been); without two such panels (`basis` "clusters") the cluster distance between slides beyond that between halves of a slide. `clusters`: numbers of clusters
-    for the log's tables; the first one decides in that case; empty with panels: none. `tissue`: name of a marker table (default: by gene names).
+    for the source's tables; the first one decides in that case; empty with panels: none. `tissue`: name of a marker table (default: by gene names).
     """
     stacked = stack_slides(slides)
     if not np.isfinite(stacked.coords).all():

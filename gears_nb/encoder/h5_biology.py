@@ -31,7 +31,7 @@ MIN_GENES = 3  # usable genes that a program needs
 EFFECT_CONFIRMED, P_CONFIRMED = 0.10, 0.01  # both are needed
 EFFECT_PARTIAL, P_PARTIAL = 0.05, 0.03
 RESOLUTION = 0.30  # a null wider than this (root mean square, precision-weighted) cannot say "no difference": UNDECIDED
-DOUBT = 0.5  # relative error of a log share besides its sampling error: unlisted types, and saturation of the ruler of H3
+DOUBT = 0.5  # relative error of a log share besides its sampling error: unlisted types, and saturation of the shares of H3
 MATCHED = 60  # background genes of like expression that stand in for one panel gene
 
 # %% ../../nbs/encoder/14_h5_biology.ipynb #d576449f
@@ -215,7 +215,7 @@ def program_table(stacked: Stacked, panels: Panels) -> dict[str, dict[str, Any]]
         table[name] = {"mean": m, "fold": max(m.values()) / low if low > 0 else float("inf"), "moran": local, "moran_range": max(local.values()) - min(local.values())}
     return table
 
-# %% ../../nbs/encoder/14_h5_biology.ipynb #cf5a280b
+# %% ../../nbs/encoder/14_h5_biology.ipynb #e14n0037
 def _verdict(tests: Sequence[dict[str, Any]]) -> str:
     tested = [t for t in tests if np.isfinite(t["p"])]
     passed = lambda effect, p: any(t["effect"] >= effect and t["p"] * len(tested) < p for t in tested)
@@ -225,13 +225,13 @@ def _verdict(tests: Sequence[dict[str, Any]]) -> str:
         return "PARTIAL"
     return "FALSIFIED" if tested and tested[0]["resolution"] <= RESOLUTION else "UNDECIDED"
 
-
+# %% ../../nbs/encoder/14_h5_biology.ipynb #cf5a280b
 def h5(slides: list[AnnData], *, seed: int = 0, tissue: str | None = None, folds: int = 5, tables: bool = True) -> dict[str, Any]:
     """Are there program differences between `slides` (gene-matched counts, `obs['slide']`, `obsm['spatial']`)? Tables of numbers and a `verdict`.
 
     `verdict`: "CONFIRMED", "PARTIAL" or "FALSIFIED" by `biology` (levels of the programs outside `TECHNICAL`) and `gradient`, effect and p against the
     thresholds above (p times the number of the two that could be tested);
-    "UNDECIDED" where no marker table fits the genes, or no difference is seen and an ordinary one could not have been. `tables=False` leaves out the log's tests (classifier, cosines, Moran's I). `tissue`: name of a marker table.
+    "UNDECIDED" where no marker table fits the genes, or no difference is seen and an ordinary one could not have been. `tables=False` leaves out the source's tests (classifier, cosines, Moran's I). `tissue`: name of a marker table.
     """
     stacked = stack_slides(slides)
     panels = panels_of(stacked, tissue)
