@@ -94,27 +94,36 @@ class Question:
         column, better = column or self.column, better or self.better
         if self.arms and not isinstance(self.arms[0], str):
             return _pooled(table, self.arms, column, better)
-        part = table[table.variant.isin([self.base, *self.arms]) & table[column].notna()]
+        measured = table[column].notna() | (table.get("diverged", 0) == 1)  # a column that an arm does not have is not a failure, divergence is
+        part = table[table.variant.isin([self.base, *self.arms]) & measured]
         return compare(part, self.base, column, better).drop(self.base).sort_values("mean", ascending=better == "lower")
 
     def verdict(self, sentence: str, table: pd.DataFrame) -> Verdict:
         "The outcome in words; the value is the difference of the arm that decides."
         e = self.effects(table)
-        pairs = int(e.n.min())
+        pairs, independent = self._pairs(e, table)
         if pairs < 2:
             return Verdict(sentence, self.rule, None, "not decided: one row per variant")
         outcome = "better" if "better" in set(e.effect) else "worse" if set(e.effect) == {"worse"} else "none"
         arm = e[e.effect == outcome].iloc[0]
-        words = f"{outcome}: {self.says[outcome].format(arm=arm.name)}" + _footnote(e, arm, outcome, pairs)
+        words = f"{outcome}: {self.says[outcome].format(arm=arm.name)}" + _footnote(e, arm, outcome, pairs, independent)
         return Verdict(sentence, self.rule, float(arm.difference), words)
 
+    def _pairs(self, effects: pd.DataFrame, table: pd.DataFrame) -> tuple[int, int]:
+        "Pairs behind the weakest arm, and how many are independent: those of one seed, pooled over several bases, are not. An arm that diverged has the base's."
+        bases = [self.base] if isinstance(self.arms[0], str) else [base for _, base in self.arms]
+        own = table[table.variant.isin(bases)].drop_duplicates([c for c in PAIRED if c in table])
+        known = effects.n[effects.n > 0]
+        pairs = int(known.min()) if len(known) else len(own)
+        return pairs, min(pairs, len(own))
+
 # %% ../../nbs/lab/04_judge.ipynb #b4ecc16e
-def _footnote(effects: pd.DataFrame, arm: pd.Series, outcome: str, pairs: int) -> str:
+def _footnote(effects: pd.DataFrame, arm: pd.Series, outcome: str, pairs: int, independent: int) -> str:
     "What a reader must know beside the outcome: arms that are worse, what could have been seen, too few pairs."
     worse = ", ".join(effects.index[effects.effect == "worse"])
     notes = [f"Worse: {worse}." if worse and outcome != "worse" else "",
              f"An effect below {arm.detectable:.3g} would not have been seen." if outcome == "none" and np.isfinite(arm.detectable) else "",
-             f"Screen of {pairs} pairs." if pairs < ENOUGH else ""]
+             f"Screen of {pairs} pairs{'' if independent == pairs else f', {independent} independent'}." if independent < ENOUGH else ""]
     return "".join(f" {note}" for note in notes if note)
 
 
