@@ -88,21 +88,21 @@ class Experiment(_Identity):
         print(f"{len(verdicts)} rules evaluated" if self.smoke else "\n".join(map(str, verdicts)))
         return list(verdicts)
 
-    def record(self, metrics: Mapping[str, Any], verdicts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def record(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The record as it will be written, validated (`InputError` if incomplete)."""
         seeds = {"seed": self.seed} if isinstance(self.seed, int) else {"seeds": list(self.seed)}
         record = plain({
             "experiment": self.key, "params": dict(self.params), **seeds, "date": time.strftime("%Y-%m-%d"),
             "data": {"name": self.data_name, "digest": self.data_digest}, "versions": versions_info(), "machine": machine_info(),
             "seconds": self.row_seconds + time.process_time() - self.started, "metrics": dict(metrics), "required": list(self.required),
-            "verdicts": {v.sentence: v.outcome for v in self.verdicts} | dict(verdicts or {}), "rules": {v.sentence: {"rule": v.rule, "value": v.value} for v in self.verdicts},
+            "verdicts": {v.sentence: v.outcome for v in self.verdicts}, "rules": {v.sentence: {"rule": v.rule, "value": v.value} for v in self.verdicts},
             "notebook": made_by(repo_root() / self.notebook if self.notebook else find_notebook(self.chapter, self.name))})
         validate_record(record, self.key)
         return record
 
-    def write(self, metrics: Mapping[str, Any], verdicts: Mapping[str, Any] | None = None) -> Path:
+    def write(self, metrics: Mapping[str, Any]) -> Path:
         """Write `results.json` atomically and return its path."""
-        text = json.dumps(self.record(metrics, verdicts), indent=1, sort_keys=False, allow_nan=False) + "\n"
+        text = json.dumps(self.record(metrics), indent=1, sort_keys=False, allow_nan=False) + "\n"
         target = self.path("results.json")
         with atomic_path(target) as tmp:
             Path(tmp).write_text(text, encoding="utf-8")
