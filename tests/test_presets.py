@@ -258,7 +258,7 @@ def test_every_preset_trains_and_embeds_a_slide_it_never_saw(name, slides):
     H = preset.embed(slides)
     assert [h.shape for h in H] == [(s.n_obs, 8) for s in slides] and all(np.isfinite(h).all() and h.dtype == np.float32 for h in H)
     paid = set(preset.history.rows[0]) & {"nce", "scale", "coral", "mmd", "adversary"}
-    assert paid == {"v3": {"nce", "scale"}, "v4": {"nce", "scale", "coral"}, "v5": {"nce", "scale"}, "vicreg_only": {"scale"}, "kdd": {"adversary"}}[name]
+    assert paid == {"v3": {"nce", "scale"}, "v4": {"nce", "scale", "coral"}, "v5": {"nce", "scale"}, "vicreg_only": {"scale"}, "kdd": {"adversary"}, "network": {"nce"}}[name]
     assert len(preset.history.rows) == 3 and preset.history.rows[-1]["loss"] < preset.history.rows[0]["loss"]
 
 
