@@ -28,17 +28,8 @@ from gears_nb.encoder.losses import (
     variance_hinge,
     vicreg,
 )
-from gears_nb.encoder.model import (
-    EpochBatches,
-    SharedEncoder,
-    Slide,
-    build_encoder,
-    context_features,
-    encode,
-    fit_encoder,
-    make_view,
-    principal_axes,
-)
+from gears_nb.encoder.model import SharedEncoder, context_features, new_encoder, principal_axes
+from gears_nb.encoder.presets import Dealer, Places, Rows, encode, encoder_from, fit_encoder, two_views
 from gears_nb.encoder.settings import EncoderConfig
 from gears_nb.reconstruct.settings import profile
 
@@ -59,7 +50,7 @@ def tissue(seed: int, n: int = 80, g: int = 12) -> tuple[np.ndarray, np.ndarray]
 
 
 def config(**changes) -> EncoderConfig:
-    small = {"encoder.width": [16], "encoder.dim": 12, "encoder.stem": 6, "encoder.batch": 24, "encoder.batches_per_epoch": 3, "encoder.epochs": 4}
+    small = {"encoder.width": [16], "encoder.dim": 12, "encoder.stem": 6, "encoder.batch": 53, "encoder.epochs": 4}
     return profile("smoke", progress=False, device="cpu", **(small | changes)).encoder
 
 
@@ -165,32 +156,28 @@ def test_far_pairs_never_cross_slides_and_never_hold_close_spots():
     assert torch.equal(far_pairs(coords, 1.0), far_pairs(coords, 1.0, torch.zeros(40)))
 
 
-def test_a_batch_never_mixes_slides():
-    slides = [Slide(np.full((30, 3), s, np.float32), tissue(s, 30)[1], 5) for s in range(3)]
-    seen = set()
-    for batch in EpochBatches(slides, config(**{"encoder.batches_per_epoch": 12}), torch_rng(0)):
-        owners = torch.cat([batch["anchor"], batch["positive"]]).unique()
-        assert len(owners) == 1
-        seen.add(float(owners))
-    assert len(seen) == 3
+def dealer(U: list[np.ndarray], coords: list[np.ndarray], settings: EncoderConfig) -> Dealer:
+    return Dealer(rows(U), [Places(c, settings.positives) for c in coords], settings)
 
 
-def test_positives_are_physical_neighbours_and_close_spots_do_not_repel():
-    t = 2 * np.pi * np.arange(60) / 60
-    slide = Slide(np.arange(60, dtype=np.float32)[:, None].repeat(3, 1), np.stack([np.cos(t), np.sin(t)], 1), 6)
-    batch = slide.draw(60, torch_rng(0))
-    a, p = batch["anchor"][:, 0].long(), batch["positive"][:, 0].long()
-    steps = lambda i, j: torch.minimum((i - j) % 60, (j - i) % 60)
-    assert ((steps(a, p) >= 1) & (steps(a, p) <= 3)).all()
-    apart = steps(a[:, None], a[None])
-    assert not batch["far"][apart <= 5].any() and batch["far"][apart >= 7].all()
+def rows(U: list[np.ndarray]) -> list[Rows]:
+    return [Rows(u, 0.0) for u in U]
 
 
-@pytest.mark.parametrize("n", [3, 4, 12])
+def test_pairs_of_a_batch_stay_on_their_slide():
+    deal = dealer([np.full((30, 3), s, np.float32) for s in range(3)], [tissue(s, 30)[1] for s in range(3)], config())
+    for batch in deal.epoch(torch_rng(0)):
+        sizes = [len(p) for p in batch["positive"]]
+        assert [len(far) for far in batch["far"]] == sizes and batch["slide"].unique().tolist() == [0, 1, 2]
+        for s, (x, positive) in enumerate(zip(batch["x"].split(sizes), batch["positive"])):
+            assert (x == s).all() and (positive < len(x)).all()
+
+
+@pytest.mark.parametrize("n", [4, 12])
 def test_a_slide_smaller_than_the_neighbourhood_still_makes_batches(n):
     U, place = tissue(0, n)
-    batch = Slide(U, place, 20).draw(64, torch_rng(0))
-    assert batch["anchor"].shape == batch["positive"].shape == (n, 12) and batch["far"].shape == (n, n)
+    (batch,) = dealer([U], [place], config(**{"encoder.positives": 20})).epoch(torch_rng(0))
+    assert batch["x"].shape == (n, 12) and batch["positive"][0].shape == (n,) and batch["far"][0].shape == (n, n)
 
 
 # context and stem -----------------------------------------------------------------------------------------------------
@@ -265,50 +252,55 @@ def features(count: int = 2) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [context_features(X, 5) for X, _ in made], [place for _, place in made]
 
 
+def untrained(U: list[np.ndarray], settings: EncoderConfig) -> SharedEncoder:
+    mean, axes = map(torch.from_numpy, principal_axes(np.concatenate(U), settings.stem))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return new_encoder(settings, U[0].shape[1], mean, axes)
+
+
 def test_encoder_is_a_frozen_stem_beside_a_learned_half():
-    U, _ = features()
-    model = build_encoder(U, config())
-    H = encode(model, U[0])
-    assert H.shape == (80, 12) and H.dtype == np.float32 and not model.training
-    np.testing.assert_allclose(H[:, :6], (U[0] - model.mean.numpy()) @ model.axes.numpy(), atol=1e-5)
-    np.testing.assert_allclose(H[:, 6:].mean(1), 0, atol=1e-5)
-    np.testing.assert_allclose(H[:, 6:].std(1), 1, atol=1e-3)
-    assert {name for name, _ in model.named_parameters()}.isdisjoint({"mean", "axes"})
+    U, coords = features()
+    for model in (untrained(U, config()), fit_encoder(rows(U), coords, config())[0]):
+        H = encode(model, rows(U)[0])
+        assert H.shape == (80, 12) and H.dtype == np.float32 and not model.training
+        np.testing.assert_allclose(H[:, :6], (U[0] - model.mean.numpy()) @ model.axes.numpy(), atol=1e-5)
+        np.testing.assert_allclose(H[:, 6:].mean(1), 0, atol=1e-5)
+        np.testing.assert_allclose(H[:, 6:].std(1), 1, atol=1e-3)
+        assert {name for name, _ in model.named_parameters()}.isdisjoint({"mean", "axes"})
 
 
 def test_blocks_do_not_change_embeddings():
     U, _ = features(1)
-    model = build_encoder(U, config())
-    np.testing.assert_allclose(encode(model, U[0], block=7), encode(model, U[0]), atol=1e-5)
+    model, (table,) = untrained(U, config()), rows(U)
+    np.testing.assert_allclose(encode(model, table, block=7), encode(model, table), atol=1e-5)
 
 
 def test_encoder_survives_the_store(tmp_path):
     U, coords = features()
-    model, _ = fit_encoder(U, coords, config(), seed=3)
+    model, _ = fit_encoder(rows(U), coords, config(), seed=3)
     Store(tmp_path).save("encoder", {k: v.contiguous() for k, v in model.state_dict().items()}, {})
-    state, _ = Store(tmp_path).load("encoder")
-    again = SharedEncoder(mean=state["mean"], axes=state["axes"], width=(16,), learned=6)
-    again.load_state_dict(state)
-    assert np.array_equal(encode(again, U[1]), encode(model, U[1]))
+    again = encoder_from(Store(tmp_path).load("encoder")[0], config(), genes=12)
+    assert np.array_equal(encode(again, rows(U)[1]), encode(model, rows(U)[1])) and not again.training
 
 
 def test_same_seed_same_bits_other_seed_other_bits():
     U, coords = features()
     torch.manual_seed(5)
-    first, history = fit_encoder(U, coords, config(), seed=1)
+    first, history = fit_encoder(rows(U), coords, config(), seed=1)
     torch.manual_seed(6)
-    again, _ = fit_encoder(U, coords, config(), seed=1)
-    other, _ = fit_encoder(U, coords, config(), seed=2)
+    again, _ = fit_encoder(rows(U), coords, config(), seed=1)
+    other, _ = fit_encoder(rows(U), coords, config(), seed=2)
     digests = [content_digest(m.state_dict()) for m in (first, again, other)]
     assert digests[0] == digests[1] != digests[2]
     assert len(history.rows) == 4 and {"loss", "inv", "var", "cov", "nce"} <= set(history.rows[0])
 
 
 def test_an_interrupted_encoder_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    import gears_nb.encoder.model as module
+    import gears_nb.encoder.presets as module
 
     U, coords = features()
-    whole, _ = fit_encoder(U, coords, config(), seed=1)
+    whole, _ = fit_encoder(rows(U), coords, config(), seed=1)
     right, calls = module.encoder_loss, []
 
     def breaks(*arguments):
@@ -319,49 +311,52 @@ def test_an_interrupted_encoder_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "encoder_loss", breaks)
     with pytest.raises(KeyboardInterrupt):
-        fit_encoder(U, coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
+        fit_encoder(rows(U), coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
     monkeypatch.setattr(module, "encoder_loss", right)
-    resumed, history = fit_encoder(U, coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
+    resumed, history = fit_encoder(rows(U), coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
     assert history.resumed_from == 2 and content_digest(resumed.state_dict()) == content_digest(whole.state_dict())
 
 
 def test_a_checkpoint_of_other_data_is_not_taken_over(tmp_path):
     U, coords = features()
-    fit_encoder(U, coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
+    fit_encoder(rows(U), coords, config(), seed=1, checkpoint=tmp_path / "encoder", tag="a")
     turned = [c[::-1].copy() for c in coords]
     with pytest.raises(InputError):
-        fit_encoder(U, turned, config(), seed=1, checkpoint=tmp_path / "encoder", tag="b")
+        fit_encoder(rows(U), turned, config(), seed=1, checkpoint=tmp_path / "encoder", tag="b")
 
 
 def test_training_only_uses_distances_between_spots_of_a_slide():
     U, coords = features()
-    first, _ = fit_encoder(U, coords, config(), seed=1)
-    moved, _ = fit_encoder(U, [coords[0] * 4, coords[1] * 0.5], config(), seed=1)  # powers of two: exact in floating point
+    first, _ = fit_encoder(rows(U), coords, config(), seed=1)
+    moved, _ = fit_encoder(rows(U), [coords[0] * 4, coords[1] * 0.5], config(), seed=1)  # powers of two: exact in floating point
     assert content_digest(first.state_dict()) == content_digest(moved.state_dict())
 
 
 def test_training_brings_physical_neighbours_together():
     U, coords = features()
-    settings = config(**{"encoder.epochs": 25, "encoder.lr": 3e-3, "encoder.batches_per_epoch": 6})
+    settings = config(**{"encoder.epochs": 50, "encoder.lr": 3e-3})
 
     def meeting(model: SharedEncoder) -> float:
-        slide = Slide(*map(np.asarray, (U[0], coords[0])), 5)
-        z = nn.functional.normalize(torch.from_numpy(encode(model, U[0])[:, 6:]), dim=1)
-        return float((z[:, None] * z[slide.near]).sum(-1).mean() - (z @ z.T).mean())
+        z = nn.functional.normalize(torch.from_numpy(encode(model, rows(U)[0])[:, 6:]), dim=1)
+        return float((z[:, None] * z[Places(coords[0], 5).near]).sum(-1).mean() - (z @ z.T).mean())
 
-    trained, history = fit_encoder(U, coords, settings, seed=0)
-    assert meeting(trained) > meeting(build_encoder(U, settings)) + 0.03
+    trained, history = fit_encoder(rows(U), coords, settings, seed=0)
+    assert meeting(trained) > meeting(untrained(U, settings)) + 0.03
     assert history.rows[-1]["nce"] < 0.9 * history.rows[0]["nce"]
 
 
 def test_a_view_without_augmentation_is_the_input():
     U = torch.from_numpy(features(1)[0][0])
-    still = config(**{"encoder.gene_dropout": 0.0, "encoder.gene_gain": 0.0, "encoder.scale_jitter": 0.0, "encoder.noise": 0.0})
-    assert torch.allclose(make_view(U, still, torch_rng(0)), U)
-    gone = config(**{"encoder.gene_dropout": 1.0, "encoder.noise": 0.0})
-    assert (make_view(U, gone, torch_rng(0)) == 0).all()
-    one = make_view(U, config(**{"encoder.noise": 0.0, "encoder.gene_dropout": 0.5}), torch_rng(0)) == 0
+    off = {"encoder.gene_dropout": 0.0, "encoder.gene_gain": 0.0, "encoder.scale_jitter": 0.0, "encoder.noise": 0.0}
+    view = lambda slide=None, **on: two_views(U, config(**(off | {f"encoder.{k}": v for k, v in on.items()})), 1.0, torch_rng(0), slide)
+    assert torch.allclose(view(), U.repeat(2, 1))
+    assert (view(gene_dropout=1.0) == 0).float().mean() > 0.98
+    one = view(gene_dropout=0.5) == 0
     assert torch.equal(one[:, :12], one[:, 12:24]) and torch.equal(one[:, :12], one[:, 24:])  # a gene is lost at all ranges at once
+    gain = (view(torch.arange(80) % 2, gene_gain=0.3) / U.repeat(2, 1)).nan_to_num(1.0)
+    torch.testing.assert_close(gain[:80:2], gain[:1].expand(40, -1), rtol=1e-3, atol=1e-3)  # one gain per gene, slide and view
+    assert not torch.allclose(gain[0], gain[1], atol=0.05) and not torch.allclose(gain[0], gain[80], atol=0.05)
+    torch.testing.assert_close(gain[0, :12], gain[0, 12:24], rtol=1e-3, atol=1e-3)
 
 
 # the adapter ----------------------------------------------------------------------------------------------------------

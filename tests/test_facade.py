@@ -236,8 +236,8 @@ Gears(t.settings(**{{"encoder.kind": "network"}})).fit(slides, cells)
 @pytest.mark.parametrize(
     ("module", "loss", "at", "untouched"),
     [
-        ("gears_nb.encoder.model", "encoder_loss", 6, None),  # second epoch of four steps
-        ("gears_nb.structure.rungs", "guess_loss", 6, "gears_nb.encoder.model.encoder_loss"),
+        ("gears_nb.encoder.presets", "encoder_loss", 6, None),  # second epoch of five steps
+        ("gears_nb.structure.rungs", "guess_loss", 6, "gears_nb.encoder.presets.encoder_loss"),
     ],
 )
 def test_kill_minus_nine_then_the_same_call_gives_the_same_coordinates(tmp_path, monkeypatch, networked, data, module, loss, at, untouched):

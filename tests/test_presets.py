@@ -19,22 +19,28 @@ from hypothesis import strategies as st
 from gears_nb.core.errors import InputError
 from gears_nb.core.seeding import torch_rng
 from gears_nb.data.preprocess import Preprocessor
+from gears_nb.data.simulator import simulate
 from gears_nb.encoder import presets
 from gears_nb.encoder.presets import (
     PRESETS,
     Dealer,
     Places,
     Preset,
-    PresetConfig,
     coins,
     fit_preset,
     log_rows,
     preset_config,
     two_views,
 )
+from gears_nb.encoder.settings import NetworkConfig
 
 seeds = st.integers(0, 2**32 - 1)
 QUICK = {"epochs": 3, "batch": 64, "width": (16,), "dim": 8, "lr": 3e-3, "positives": 6, "inv_warmup": 0.0}
+
+
+def quick(name: str) -> dict:
+    "Seconds of training; a stem has to fit into the few dimensions."
+    return QUICK | ({"stem": 4} if name == "network" else {})
 
 
 def section(seed: int, n: int = 90, g: int = 30, shift: float = 0.0, name: str = "s") -> AnnData:
@@ -56,7 +62,7 @@ def slides() -> list[AnnData]:
 
 
 def dealer(slides: list[AnnData], **changes) -> Dealer:
-    config = dataclasses.replace(PresetConfig(), **{"batch": 64, "positives": 6, **changes})
+    config = dataclasses.replace(NetworkConfig(), **{"batch": 64, "positives": 6, **changes})
     prep = Preprocessor.fit(slides, slide_key=None)
     return Dealer([log_rows(prep, s, True) for s in slides], [Places(s.obsm["spatial"], config.positives) for s in slides], config)
 
@@ -68,8 +74,9 @@ def test_presets_differ_where_the_log_says_and_nowhere_else():
     base = dataclasses.asdict(PRESETS["v3"])
     changes = {name: {k for k, v in dataclasses.asdict(config).items() if v != base[k]} for name, config in PRESETS.items()}
     assert changes == {"v3": set(), "v4": {"coral_weight"}, "v5": {"centred"}, "vicreg_only": {"nce_weight"},
-                       "kdd": {"nce_weight", "scale_weight", "adversary_weight"}}
-    assert base["nce_weight"] == base["scale_weight"] == 5.0 and base["lr"] == 1e-4 and base["epochs"] == 1200
+                       "kdd": {"nce_weight", "scale_weight", "adversary_weight"},
+                       "network": {"centred", "context", "stem", "gene_gain", "dropout", "n_hvg", "scale_weight", "inv_warmup"}}
+    assert base["nce_weight"] == base["scale_weight"] == 5.0 and base["train"]["lr"] == 1e-4 and base["train"]["epochs"] == 1200
     assert base["lambda_var"] == 50.0 and base["inv_warmup"] == 0.3 and base["width"] == (512, 256) and base["dim"] == 128
 
 
@@ -218,7 +225,7 @@ def test_coins_have_the_asked_shape_and_limits(seed, n, g, drop):
 
 def test_the_two_views_differ_and_only_by_what_is_on():
     x, off = torch.ones(50, 40), {"gene_dropout": 0.0, "noise": 0.0, "scale_jitter": 0.0}
-    view = lambda **on: two_views(x, PresetConfig(**(off | on)), 2.0, torch_rng(0))
+    view = lambda **on: two_views(x, NetworkConfig(**(off | on)), 2.0, torch_rng(0))
     assert torch.equal(view(), x.repeat(2, 1))
     dropped = view(gene_dropout=0.25)
     assert set(dropped.unique().tolist()) == {0.0, 1.0} and float(dropped.mean()) == pytest.approx(0.75, abs=0.03)
@@ -234,7 +241,7 @@ def test_windows_are_runs_of_the_pool_and_every_one_comes_up():
 
 
 def test_the_noise_of_a_batch_is_normal_and_independent_within_rows_and_across_views():
-    noise = two_views(torch.zeros(300, 200), PresetConfig(noise=1.0, gene_dropout=0.0, scale_jitter=0.0), 1.0, torch_rng(0))
+    noise = two_views(torch.zeros(300, 200), NetworkConfig(noise=1.0, gene_dropout=0.0, scale_jitter=0.0), 1.0, torch_rng(0))
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
     assert float((noise**4).mean()) == pytest.approx(3, abs=0.15)
     first, second = noise.chunk(2)
@@ -247,11 +254,11 @@ def test_the_noise_of_a_batch_is_normal_and_independent_within_rows_and_across_v
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_and_embeds_a_slide_it_never_saw(name, slides):
-    preset = fit_preset(name, slides[:2], **QUICK)
+    preset = fit_preset(name, slides[:2], **quick(name))
     H = preset.embed(slides)
     assert [h.shape for h in H] == [(s.n_obs, 8) for s in slides] and all(np.isfinite(h).all() and h.dtype == np.float32 for h in H)
     paid = set(preset.history.rows[0]) & {"nce", "scale", "coral", "mmd", "adversary"}
-    assert paid == {"v3": {"nce", "scale"}, "v4": {"nce", "scale", "coral"}, "v5": {"nce", "scale"}, "vicreg_only": {"scale"}, "kdd": {"adversary"}}[name]
+    assert paid == {"v3": {"nce", "scale"}, "v4": {"nce", "scale", "coral"}, "v5": {"nce", "scale"}, "vicreg_only": {"scale"}, "kdd": {"adversary"}, "network": {"nce"}}[name]
     assert len(preset.history.rows) == 3 and preset.history.rows[-1]["loss"] < preset.history.rows[0]["loss"]
 
 
@@ -295,6 +302,27 @@ def test_coordinates_choose_pairs_and_nothing_else(slides):
     assert len(preset.embed(blind)) == 3  # cells without coordinates can be embedded
 
 
+LOSSES = {"v3": (81.896797, 80.225766), "v4": (82.104591, 80.528048), "v5": (81.253601, 80.035442), "vicreg_only": (67.543478, 66.794437), "kdd": (68.353485, 67.348151)}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_stack_that_presets_share_with_the_network_leaves_their_numbers_alone(name):
+    "Losses of two passes as they were before presets and network became one stack; the tolerance is for other processors."
+    slides = simulate("tiny", seed=0).slides[:-1]
+    assert fit_preset(name, slides, epochs=2, batch=64).history.column("loss") == pytest.approx(LOSSES[name], rel=1e-5)
+
+
+def test_context_and_stem_are_options_of_the_same_network(slides):
+    preset = fit_preset("network", slides, **quick("network"))
+    assert preset.encoder.axes.shape == (3 * 30, 4) and preset.encoder.body[-1].out_features == 4
+    assert fit_preset("v5", slides, **QUICK).encoder.axes is None
+    with_stem = fit_preset("v3", slides, **QUICK | {"stem": 3})
+    (H,), X = with_stem.embed(slides[:1]), log_rows(with_stem.preprocessor, slides[0], False).take(torch.arange(70))
+    np.testing.assert_allclose(H[:, :3], with_stem.encoder.stem(X), atol=1e-5)
+    critic = fit_preset("network", slides, **quick("network") | {"adversary_weight": 1.0, "coral_weight": 1.0, "mmd_weight": 1.0})
+    assert {"adversary", "coral", "mmd"} <= set(critic.history.rows[0])  # alignment acts on the learned half
+
+
 def test_infonce_is_what_brings_physical_neighbours_together():
     some = [section(0, n=150), section(1, n=150)]
     longer = QUICK | {"epochs": 40}
@@ -318,7 +346,7 @@ def test_an_empty_list_is_refused_and_one_small_slide_is_enough():
         fit_preset("v5", [])
     tiny = section(0, n=6)
     for name in PRESETS:
-        assert np.isfinite(fit_preset(name, [tiny], **QUICK).embed([tiny])[0]).all()
+        assert np.isfinite(fit_preset(name, [tiny], **quick(name)).embed([tiny])[0]).all()
 
 
 # keeping --------------------------------------------------------------------------------------------------------------
@@ -326,7 +354,7 @@ def test_an_empty_list_is_refused_and_one_small_slide_is_enough():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_comes_back_from_its_folder_bit_by_bit(name, slides, tmp_path):
-    preset = fit_preset(name, slides[:2], n_hvg=20, **QUICK)
+    preset = fit_preset(name, slides[:2], **quick(name) | {"n_hvg": 20})
     back = Preset.load(preset.save(tmp_path / "deep" / "er"))
     assert (back.name, back.config, back.history, back.preprocessor.genes) == (name, preset.config, preset.history, preset.preprocessor.genes)
     assert all(np.array_equal(a, b) for a, b in zip(back.embed(slides), preset.embed(slides)))
@@ -368,8 +396,8 @@ class Killed(BaseException):
 
 def dies_in_step(monkeypatch, step: int):
     "Let the `step`-th batch of the next training die."
-    whole, seen = presets.preset_loss, itertools.count()
-    monkeypatch.setattr(presets, "preset_loss", lambda *a: whole(*a) if next(seen) != step else (_ for _ in ()).throw(Killed))
+    whole, seen = presets.encoder_loss, itertools.count()
+    monkeypatch.setattr(presets, "encoder_loss", lambda *a: whole(*a) if next(seen) != step else (_ for _ in ()).throw(Killed))
 
 
 @pytest.mark.parametrize(("name", "step"), [("v5", 0), ("v5", 5), ("v4", 13), ("kdd", 18)])

@@ -345,12 +345,13 @@ def test_stress_of_every_rung_ignores_the_candidates():
 
 
 def test_embeddings_arrive_without_history_from_an_encoder_in_eval_mode():
-    from gears_nb.encoder.model import SharedEncoder, encode
+    from gears_nb.encoder.model import SharedEncoder
+    from gears_nb.encoder.presets import Rows, encode
 
     encoder = SharedEncoder(genes=12, width=(16,), learned=8, dropout=0.5).train()
     features = np.random.default_rng(0).normal(size=(80, 12)).astype(np.float32)
-    H = encode(encoder, features)
-    assert isinstance(H, np.ndarray) and np.array_equal(H, encode(encoder.train(), features)) and not encoder.training
+    H = encode(encoder, Rows(features, 0.0))
+    assert isinstance(H, np.ndarray) and np.array_equal(H, encode(encoder.train(), Rows(features, 0.0))) and not encoder.training
     assert not EmbeddedSlide(H, features[:, :2]).H.requires_grad
 
 

@@ -16,7 +16,8 @@ import torch
 from ..core.store import content_digest
 from ..core.training import History
 from ..data.preprocess import Preprocessor
-from .model import SharedEncoder, context_features, encode, fit_encoder
+from .model import SharedEncoder
+from .presets import encode, encoder_from, encoder_rows, fit_encoder, packed, unpacked
 from .settings import EncoderConfig
 from .spatial_metric import SpatialMetric, fit_spatial_metric, metric_from, metric_state
 
@@ -35,23 +36,16 @@ class Embedding:
     model: SpatialMetric | SharedEncoder
     config: EncoderConfig
 
-    def features(self, table: AnnData) -> np.ndarray:
-        "What the model reads, `(n, p)` float32: centred expression of ONE matched source, for the network with context."
-        X = self.preprocessor.transform(table, add_global=False)
-        return X if self.config.kind == "metric" else context_features(X, self.config.context, self.config.own)
-
     def embed(self, table: AnnData) -> np.ndarray:
         "`H` `(n, d)` float32 of ONE source whose genes are those of the reference."
-        features = self.features(table)
-        return self.model.embed(features) if self.config.kind == "metric" else encode(self.model, features)
+        if self.config.kind == "metric":
+            return self.model.embed(self.preprocessor.transform(table, add_global=False))
+        return encode(self.model, encoder_rows(self.preprocessor, table, self.config))
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "Tensors by name and a record of plain values; `embedding_from` is the way back."
-        arrays, meta = self.preprocessor.to_dict()
-        learned = metric_state(self.model) if self.config.kind == "metric" else self.model.state_dict()
-        parts = {f"prep.{name}": value for name, value in arrays.items()} | {f"model.{name}": value for name, value in learned.items()}
-        tensors = {name: torch.as_tensor(value).contiguous() for name, value in parts.items()}
-        return tensors, {name: list(value) if isinstance(value, tuple) else value for name, value in meta.items()}
+        return packed(self.preprocessor, metric_state(self.model) if self.config.kind == "metric" else self.model.state_dict())
+
 
 # %% ../../nbs/encoder/16_embedding.ipynb #em000009
 def fit_embedding(slides: Sequence[AnnData], config: EncoderConfig, *, seed: int = 0, counts: bool = True, checkpoint: Path | None = None,
@@ -61,19 +55,18 @@ def fit_embedding(slides: Sequence[AnnData], config: EncoderConfig, *, seed: int
     `checkpoint`: where a network's epochs are kept and resumed from; `tag` names the data in it. Raises `InputError` for unusable slides."""
     prep = Preprocessor.fit(slides, n_hvg=config.n_hvg if config.kind == "network" else None, counts=counts, slide_key=None)
     coords = [np.asarray(s.obsm["spatial"], dtype=np.float64) for s in slides]
-    features = [Embedding(prep, None, config).features(s) for s in slides]
     if config.kind == "metric":
+        features = [prep.transform(s, add_global=False) for s in slides]
         return Embedding(prep, fit_spatial_metric(features, coords, config.metric, seed=seed), config), History([])
-    model, history = fit_encoder(features, coords, config, seed=seed, checkpoint=checkpoint, tag=tag or content_digest(*features, *coords))
+    rows = [encoder_rows(prep, s, config) for s in slides]
+    model, history = fit_encoder(rows, coords, config, seed=seed, checkpoint=checkpoint, tag=tag or content_digest(list(slides)))
     return Embedding(prep, model, config), history
 
 
 def embedding_from(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], config: EncoderConfig) -> Embedding:
-    "The `Embedding` of `Embedding.state`. Raises `KeyError` or `RuntimeError` if parts are missing or of other shapes."
-    under = lambda prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    prep, state = Preprocessor.from_dict(under("prep."), record), under("model.")
+    "The `Embedding` of `Embedding.state`. Raises `KeyError`, `ValueError` or `RuntimeError` if parts are missing or of other shapes."
+    prep, state = unpacked(tensors, record)
     if config.kind == "metric":
         return Embedding(prep, metric_from({name: value.numpy() for name, value in state.items()}, config.metric), config)
-    model = SharedEncoder(mean=state["mean"], axes=state["axes"], width=config.width, learned=config.dim - state["axes"].shape[1])
-    model.load_state_dict(state)
-    return Embedding(prep, model.eval(), config)
+    return Embedding(prep, encoder_from(state, config, len(prep.genes)), config)
+

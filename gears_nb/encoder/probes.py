@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['DEFAULT_SETS', 'by_slide', 'slide_accuracy', 'centroid_distances', 'rms_norms', 'norm_ratio', 'covariance_spectrum',
-           'dim_std', 'principal_angles', 'mixing', 'ilisi', 'overlap', 'neighbour_distance', 'spatial_weights',
-           'morans_i', 'load_slides', 'Stacked', 'stack_slides', 'data_sets']
+__all__ = ['ALIVE', 'DEFAULT_SETS', 'by_slide', 'slide_accuracy', 'centroid_distances', 'rms_norms', 'norm_ratio',
+           'covariance_spectrum', 'dim_std', 'principal_angles', 'mixing', 'ilisi', 'overlap', 'neighbour_distance',
+           'spatial_weights', 'morans_i', 'load_slides', 'Stacked', 'stack_slides', 'data_sets']
 
 # %% ../../nbs/encoder/06_probes.ipynb #6ed5bab0
 def by_slide(slides: Sequence) -> Iterator[tuple[str, np.ndarray]]:
@@ -75,6 +75,9 @@ def norm_ratio(H: np.ndarray, slides: Sequence) -> float:
     return max(norms) / min(norms) if min(norms) > 0 else float("inf")
 
 # %% ../../nbs/encoder/06_probes.ipynb #54f7ddc9
+ALIVE = 0.5  # standard deviation below which a dimension has collapsed: half the spread that the hinge of VICReg asks for
+
+
 def covariance_spectrum(H: np.ndarray) -> np.ndarray:
     "Eigenvalues (d,) of the covariance of `H` (n, d), largest first; denominators n - 1."
     C = np.asarray(H, np.float64) - np.mean(H, axis=0, dtype=np.float64)
@@ -82,7 +85,7 @@ def covariance_spectrum(H: np.ndarray) -> np.ndarray:
 
 
 def dim_std(H: np.ndarray) -> np.ndarray:
-    "Standard deviation (d,) of each dimension; a zero is a collapsed dimension."
+    "Standard deviation (d,) of each dimension; below `ALIVE` it has collapsed, if VICReg trained it."
     return np.asarray(H, np.float64).std(0)
 
 

@@ -62,7 +62,7 @@ Figures = Mapping[str, tuple[float | None, Callable[[Mapping[str, Any]], float |
 
 
 def replicate(rows: Mapping[str, Mapping[str, Any]], figures: Figures, directions: Mapping[str, Callable[[Known], bool]], *,
-           verdict: str = "", source: str = "this run") -> Replication:
+              verdict: str = "", source: str = "this run") -> Replication:
     """The log's figures beside those of each data set in `rows`, and its directions tested on all of them.
 
     `verdict`: the log's own. Raises `InputError` for a direction that the log's figures contradict or leave open.
@@ -72,7 +72,7 @@ def replicate(rows: Mapping[str, Mapping[str, Any]], figures: Figures, direction
     held = {text: {name: _holds(test, column) for name, column in columns.items()} for text, test in directions.items()}
     for text, found in held.items():
         if not found["log"]:
-            raise InputError("beside", "directions", f"{text!r} does not hold for the log's own figures", "test what the log found")
+            raise InputError("replication", "directions", f"{text!r} does not hold for the log's own figures", "test what the log found")
     return Replication(columns, held, {"log": verdict} | {name: str(row.get("verdict", "")) for name, row in rows.items()}, source)
 
 # %% ../../nbs/encoder/17_replication.ipynb #10dfa80b

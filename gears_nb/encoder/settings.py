@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.config import Count, Positive, Section, Share, Size, TrainConfig, Weight, by_profile
+from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['MetricConfig', 'EncoderConfig']
+__all__ = ['MetricConfig', 'NetworkConfig', 'EncoderConfig']
 
 # %% ../../nbs/encoder/00_settings.ipynb #05563e9a
 @dataclass(frozen=True, kw_only=True)
@@ -31,31 +32,64 @@ class MetricConfig(Section):
     ridge: Weight = 0.1  # of the surroundings' regression
     evenness: Share = 0.3  # rows are divided by their length to this power
 
-# %% ../../nbs/encoder/00_settings.ipynb #579059c3
+# %% ../../nbs/encoder/00_settings.ipynb #5e77a001
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig(Section):
-    """From expression to H: the spatial metric, or the shared network of Design A (mean-centred input, VICReg + Spatial InfoNCE)."""
+class NetworkConfig(Section):
+    "One trained encoder (`encoder.presets`): input, network, augmentation, loss, training. The defaults are `v3`."
 
-    n_hvg: Size = by_profile(200, 1000, 1000)  # highly variable genes that the network reads; the metric reads all
-    width: tuple[Size, ...] = by_profile((64,), (512, 256), (512, 256))  # hidden layers between genes and embedding
-    dim: Size = by_profile(32, 128, 128)  # embedding size
-    stem: Size = by_profile(16, 64, 64)  # of these, frozen principal components; the rest is learned
-    batch: Size = by_profile(64, 256, 512)  # spots per step
-    batches_per_epoch: Size = by_profile(4, 16, 32)  # steps per epoch; slides are drawn in proportion to their spots
-    train: TrainConfig = by_profile(epochs=(2, 20, 100), lr=(1e-3, 1e-3, 1e-4))
-    dropout: Share = 0.1
-    nce_weight: Weight = 5.0  # weight of Spatial InfoNCE
+    centred: bool = False  # subtract each slide's own gene means (else the common mean of the training slides)
+    context: Count = 0  # similar cells of the same source that are averaged with each cell, at two ranges; 0: none. Wants `centred`
+    own: Weight = 0.5  # weight of a cell's own profile beside its context
+    n_hvg: Size | None = None  # genes to keep; None: all
+    stem: Count = 0  # of `dim`, frozen principal components; the rest is learned
+    width: tuple[Size, ...] = (512, 256)  # hidden layers
+    dim: Size = 128  # embedding size
+    dropout: Share = 0.0
+    gene_dropout: Share = 0.2  # augmentation: share of genes set to their mean
+    gene_gain: Weight = 0.0  # augmentation: gain of each gene, one per slide and view, log-scale
+    noise: Weight = 0.1  # augmentation: Gaussian, in units of the spread of the input
+    scale_jitter: Weight = 0.1  # augmentation: multiplicative per spot, log-scale
+    nce_weight: Weight = 5.0  # Spatial InfoNCE
     temperature: Positive = 0.1  # of InfoNCE
-    positives: Size = 20  # physical nearest neighbours that count as positive pairs
+    positives: Size = 20  # physical neighbours that count as positive pairs
+    scale_weight: Weight = 5.0  # spread of slide norms
+    coral_weight: Weight = 0.0  # covariances of slides, per dimension
+    mmd_weight: Weight = 0.0  # clouds of slides
+    adversary_weight: Weight = 0.0  # a critic that guesses the slide, through gradient reversal
     lambda_inv: Weight = 25.0  # VICReg: two views agree
     lambda_var: Weight = 50.0  # VICReg: no dimension collapses
     lambda_cov: Weight = 1.0  # VICReg: dimensions are decorrelated
-    gene_dropout: Share = 0.2  # augmentation: share of genes set to zero
-    noise: Weight = 0.1  # augmentation: additive Gaussian
-    scale_jitter: Weight = 0.1  # augmentation: multiplicative, log-scale
-    context: Size = 30  # similar cells of the same source that are averaged with each cell, at two ranges
-    own: Weight = 0.5  # weight of a cell's own profile beside its context
-    gene_gain: Weight = 0.2  # augmentation: slide-wide gain of each gene, log-scale
+    inv_warmup: Share = 0.3  # share of the epochs over which lambda_inv rises to its value
+    batch: Size = 768  # spots per step, of all slides
+    tile: Size = 4  # spots that stay together in a batch
+    train: TrainConfig = TrainConfig(epochs=1200, lr=1e-4, device="cpu", progress=False)  # an epoch: one pass over all spots
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stem >= self.dim:
+            raise InputError("config", "stem", f"is {self.stem} of {self.dim} dimensions", "leave at least one dimension to be learned")
+        if self.context and not self.centred:
+            raise InputError("config", "context", "needs centred expression", "set centred=True, or context=0")
+
+
+# %% ../../nbs/encoder/00_settings.ipynb #579059c3
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(NetworkConfig):
+    """From expression to H: the spatial metric, or the shared network with context, at three sizes."""
+
     kind: Literal["metric", "network"] = "metric"  # what makes H: the metric (closed form) or the network (trained)
     metric: MetricConfig = MetricConfig()
     adapter: bool = False  # move embeddings of a query into the cloud of the reference (SCAdapter)
+    n_hvg: Size | None = by_profile(200, 1000, 1000)  # highly variable genes that the network reads; the metric reads all
+    width: tuple[Size, ...] = by_profile((64,), (512, 256), (512, 256))
+    dim: Size = by_profile(32, 128, 128)
+    stem: Count = by_profile(16, 64, 64)
+    batch: Size = by_profile(64, 256, 512)
+    train: TrainConfig = by_profile(epochs=(2, 20, 100), lr=(1e-3, 1e-3, 1e-4))
+    centred: bool = True
+    context: Count = 30
+    gene_gain: Weight = 0.2
+    dropout: Share = 0.1
+    scale_weight: Weight = 0.0  # centred slides with a common stem have one spread
+    inv_warmup: Share = 0.0
+
