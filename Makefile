@@ -61,10 +61,11 @@ coverage: $(STAMP)
 
 export: $(STAMP)
 	@$(BIN)/nbdev_export
+	@$(BIN)/python -m gears_nb.core.scripts > /dev/null
 
 # the package must be exactly what the notebooks export
 export-check: $(STAMP)
-	@$(BIN)/python -m pytest -q tests/test_notebooks.py -k "export or living"
+	@$(BIN)/python -m pytest -q tests/test_notebooks.py -k "export or living or scripts"
 
 readme: $(STAMP)
 	@$(BIN)/python -m gears_nb.runs.readme

@@ -69,6 +69,14 @@ def test_export_leaves_no_diff(tmp_path):
     assert not differing, f"run `make export`: {differing}"
 
 
+def test_scripts_are_what_the_notebooks_export(tmp_path):
+    """Every `.js` and `.css` file of the package comes from raw cells of a notebook."""
+    from gears_nb.core.scripts import export_scripts
+    made = {p.relative_to(tmp_path): p.read_text(encoding="utf-8") for p in export_scripts(NBS, tmp_path)}
+    kept = {p.relative_to(ROOT / "gears_nb"): p.read_text(encoding="utf-8") for p in (ROOT / "gears_nb").rglob("*") if p.suffix in (".js", ".css")}
+    assert made == kept and made, "run `make export`"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_module_names_a_living_notebook(path):
     """A deleted notebook would leave its module behind."""

@@ -6,16 +6,28 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, Protocol
 
-from .widgets import Explorer, plotly_source, script, stylesheet
 from ..core.errors import InputError
 from ..core.page import page as whole_page
+from ..core.page import plotly_source
 from ..core.store import atomic_path
 
 # %% auto #0
-__all__ = ['page', 'write_html']
+__all__ = ['script', 'stylesheet', 'View', 'page', 'write_html']
+
+# %% ../../nbs/attention/07_export.ipynb #96dc1bf4
+def script() -> str:
+    "Source of the module that draws, `explorer.js`."
+    return (files("gears_nb.attention") / "explorer.js").read_text(encoding="utf-8")
+
+
+def stylesheet() -> str:
+    "Source of its stylesheet, `explorer.css`."
+    return (files("gears_nb.attention") / "explorer.css").read_text(encoding="utf-8")
 
 # %% ../../nbs/attention/07_export.ipynb #394ac547
 _STYLE = "body { max-width:1280px } h1 { font-size:1.5rem; margin:0 0 1rem } .view { margin:0 0 1.2rem }\n"
@@ -26,14 +38,22 @@ views.forEach(({ payload, state }, i) => mount(document.getElementById('view-' +
 """
 
 
-def page(explorers: Sequence[Explorer], title: str) -> str:
+class View(Protocol):
+    "What a page needs of an explorer: its settings, and its payload with all minisets."
+
+    state: Any
+
+    def packed(self) -> Mapping[str, Any]: ...
+
+
+def page(explorers: Sequence[View], title: str) -> str:
     "The text of a page with `explorers`, all their minisets and all scripts inside."
     views = [{"payload": e.packed(), "state": dict(e.state)} for e in explorers]
     body = f"<h1>{html.escape(title)}</h1>" + "".join(f'<div class=view id="view-{i}"></div>' for i in range(len(views)))
     return whole_page(title, body, style=_STYLE + stylesheet(), data=views, scripts=[script() + _SCRIPT], libraries=[plotly_source()])
 
 
-def write_html(explorers: Sequence[Explorer], path: str | Path, title: str = "gears explorer") -> Path:
+def write_html(explorers: Sequence[View], path: str | Path, title: str = "gears explorer") -> Path:
     """Write `explorers` as one page with all their minisets, atomically; returns the path.
 
     The page begins with the states that the explorers have now. Raises `InputError` without explorers, and for a name that does not end in .html."""

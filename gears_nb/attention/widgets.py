@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import traitlets
 from fastcore.basics import patch
 
+from .export import script, stylesheet, write_html
 from gears_nb.attention.views import (
     MARKS,
     TITLES,
@@ -36,18 +36,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['Traces', 'script', 'stylesheet', 'Explorer', 'attention_explorer', 'recycle_player', 'gate_explorer',
-           'reconstruction_explorer', 'distortion_map']
-
-# %% ../../nbs/attention/06_widgets.ipynb #96dc1bf4
-def script() -> str:
-    "Source of the module that draws, `explorer.js`."
-    return (files("gears_nb.attention") / "explorer.js").read_text(encoding="utf-8")
-
-
-def stylesheet() -> str:
-    "Source of its stylesheet, `explorer.css`."
-    return (files("gears_nb.attention") / "explorer.css").read_text(encoding="utf-8")
+__all__ = ['Traces', 'Explorer', 'attention_explorer', 'recycle_player', 'gate_explorer', 'reconstruction_explorer',
+           'distortion_map']
 
 # %% ../../nbs/attention/06_widgets.ipynb #e184ddf6
 Traces = Mapping[str, Mapping[str, AttentionTrace]]
@@ -129,8 +119,6 @@ def marks(self: Explorer) -> dict[str, Any]:
 @patch
 def export(self: Explorer, path: str | Path) -> Path:
     "Write the view with all its minisets as one page that needs neither kernel nor network; returns the path."
-    from gears_nb.attention.export import write_html
-
     return write_html([self], path, self.title)
 
 # %% ../../nbs/attention/06_widgets.ipynb #dd0114b6
