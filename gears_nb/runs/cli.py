@@ -327,6 +327,7 @@ def _run(args: argparse.Namespace) -> int:
 def _run_all(profile: str | None) -> int:
     """Every notebook, one after the other; the failures are listed at the end. Returns 1 if there were any."""
     import time
+
     from gears_nb.lab.runner import RunError, catalogue, run
     failed = []
     for book in catalogue():

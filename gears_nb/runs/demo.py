@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.machine import peak_rss_mb, plain, versions_info
 from ..lab.digests import code_digest
 from ..models.catalogue import model_code
-from ..core.machine import peak_rss_mb, plain, versions_info
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from gears_nb.reconstruct.settings import GearsConfig
     from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.settings import GearsConfig
 
 # %% auto #0
 __all__ = ['demo_task', 'open_folder', 'place_query', 'baseline_rows', 'score_query', 'demo_config', 'run_demo',
@@ -51,6 +51,7 @@ def open_folder(out: str | Path, state: Mapping[str, Any]) -> Path:
     """The output folder, ready for work: results of another `state` are removed (only files the demo itself writes).
     Raises `InputError` when `out` cannot be a folder or belongs to something else."""
     import shutil
+
     from gears_nb.core.store import write_json
     out = Path(out)
     if out.exists() and not out.is_dir():

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, option
-from ..core.page import page
 from ..core.machine import versions_info
+from ..core.page import page
 from ..core.store import atomic_path, write_json
 from ..lab.findings import SEVERITIES, Bars, Diagnosis, Finding
 from .files import check_exists, check_output, named_after

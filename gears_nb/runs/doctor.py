@@ -46,6 +46,7 @@ def pinned_versions(text: str) -> dict[str, str]:
 def required_packages() -> list[str]:
     """Names of the packages that `gears_nb` itself asks for, as its installed metadata says."""
     from importlib.metadata import requires
+
     from packaging.requirements import Requirement
     parsed = [Requirement(r) for r in requires("gears_nb") or []]
     return [r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -91,6 +92,7 @@ def check_device() -> Iterable[Finding]:
 def check_memory() -> Iterable[Finding]:
     """Main memory and free disk; the demo needs about 3 GiB and 1 GiB of them."""
     import shutil
+
     import psutil
     available, free = psutil.virtual_memory().available / 2**30, shutil.disk_usage(Path.cwd()).free / 2**30
     yield Finding("memory", "ok" if available > 3 else "note", f"{available:.1f} GiB available",

@@ -21,8 +21,8 @@ from ..core.errors import GearsWarning, InputError, heard, option
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from gears_nb.reconstruct.settings import GearsConfig
     from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.settings import GearsConfig
 
 # %% auto #0
 __all__ = ['check_output', 'model_files', 'check_model_folder', 'check_cache', 'check_apart', 'check_exists', 'make_config',
@@ -479,8 +479,8 @@ def evaluate_files(prediction: str | Path, truth: str | Path, seed: int = 0, pla
     check_exists([prediction], "PRED"), check_exists([truth], "TRUTH")
     if not 0 <= seed < 2**32:
         raise InputError("gears evaluate", "seed", f"is {seed}, outside [0, {2**32 - 1}]", "choose a value in that range")
-    from gears_nb.geometry.metrics import score
     from gears_nb.core.machine import plain
+    from gears_nb.geometry.metrics import score
 
     ours, true = _for_scoring(prediction), _for_scoring(truth)
     common = ours.obs_names.intersection(true.obs_names)

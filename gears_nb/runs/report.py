@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.page import page, plotly_source
 from ..core.machine import plain
+from ..core.page import page, plotly_source
 from ..core.seeding import np_rng
 from ..core.store import atomic_path
 from ..core.style import COLOURS

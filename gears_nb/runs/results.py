@@ -38,9 +38,10 @@ def _line(line: Mapping[str, Any], rank: float | None, best: Mapping[str, float]
 
 def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     """Score rows as rich tables, one per task, best mean rank first."""
+    from rich.table import Table
+
     from gears_nb.benchmark.compare import mean_rank, tidy
     from gears_nb.geometry.metrics import METRICS
-    from rich.table import Table
     frame, ranks, tables = tidy(rows), mean_rank(rows), []
     for task, order in ranks.items():
         lines = frame[frame["task"] == task].set_index("method", drop=False)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..lab.results import figures_root, load_results
 from ..core.store import write_json
+from ..lab.results import figures_root, load_results
 
 # %% auto #0
 __all__ = ['NOTHING', 'Standing', 'standings', 'front_table', 'first_light_rows', 'losses', 'standing_table', 'wins_and_losses',
@@ -109,12 +109,13 @@ def first_light_table() -> str:
 def front_layouts(task: str = "her2st_A", seed: int = 0, profile: str = "toy") -> dict[str, Any]:
     "Layouts of one task: the truth, ours and the plain method with the best Spearman; each `{name, spearman, X (n, 2)}`, None where no place."
     import numpy as np
+
     from gears_nb.benchmark.baselines import run_baselines
     from gears_nb.benchmark.compare import score_row
-    from gears_nb.reconstruct.settings import profile as settings
     from gears_nb.core.machine import plain
     from gears_nb.data.registry import load_protocol
     from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.settings import profile as settings
     given = load_protocol(task, seed)
     cells, truth = given.query.copy(), np.asarray(given.query.obsm["spatial"], dtype=float)[:, :2]
     for key in list(cells.obsm):
@@ -133,8 +134,9 @@ def draw_front(record: Mapping[str, Any]) -> Any:
     "A row of panels from what `front_layouts` returns: the truth, then each layout turned onto it, coloured by true position."
     import matplotlib.pyplot as plt
     import numpy as np
-    from gears_nb.geometry.gauge import procrustes
+
     from gears_nb.core.style import use_style
+    from gears_nb.geometry.gauge import procrustes
     use_style()
     truth = np.asarray(record["layouts"][0]["X"], dtype=float)
     order = np.argsort(np.argsort(truth, axis=0), axis=0) / len(truth)
@@ -159,6 +161,7 @@ def picture_folder() -> Path:
 def draw_again() -> Path:
     "Draw the picture from the layouts on file; returns its path."
     import matplotlib.pyplot as plt
+
     from gears_nb.core.style import save_figure
     fig = draw_front(json.loads((picture_folder() / "layouts.json").read_text(encoding="utf-8")))
     path = save_figure(fig, picture_folder() / "her2st_A.png", bbox_inches="tight")
