@@ -7,15 +7,14 @@ import torch
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.registry import data_root
+from gears_nb.geometry.neighbours import jaccard, neighbour_sets
 from gears_nb.targets.builder import build_targets
 from gears_nb.targets.diagnostics import (
     ARRAYS,
     SECTIONS,
     SIGNATURES,
     draw_minisets,
-    jaccard,
     load_section,
-    neighbour_sets,
     present,
     quantiles,
     signatures,
