@@ -339,7 +339,7 @@ def packed(prep: Preprocessor, learned: Mapping[str, Any]) -> tuple[dict[str, Te
 def unpacked(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> tuple[Preprocessor, dict[str, Tensor]]:
     "The two that went into `packed`. Raises `ValueError` if genes and means differ in number."
     under = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    prep = Preprocessor.from_dict({k: v.numpy() for k, v in under("prep.").items()}, record)
+    prep = Preprocessor.from_dict({k: v.numpy() for k, v in under("prep.").items()}, dict(record))
     if len(prep.centring.mu_global) != len(prep.genes):
         raise ValueError(f"{len(prep.genes)} genes and {len(prep.centring.mu_global)} means")
     return prep, under("model.")
