@@ -90,6 +90,15 @@ def test_a_failed_row_loses_no_other(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"], "half files are left"
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"labels": {}}', "\x00\x01"])
+def test_a_damaged_row_is_computed_again(tmp_path, damage):
+    first = compute_rows("lab/test", asked(square, [1, 2]), show=False, folder=tmp_path)
+    lost = sorted(tmp_path.glob("[!.]*.json"))[0]
+    lost.write_text(damage)
+    assert compute_rows("lab/test", asked(square, [1, 2]), folder=tmp_path).lines == first.lines
+    assert json.loads(lost.read_text())["result"]
+
+
 def test_budget_is_printed_before_the_work(tmp_path, capsys):
     compute_rows("lab/test", asked(square, [1]), folder=tmp_path)
     assert "1 rows: 0 kept, 1 to compute (their cost is not known yet)" in capsys.readouterr().out

@@ -28,8 +28,8 @@ from ..data.registry import cache_root
 from .digests import reachable
 
 # %% auto #0
-__all__ = ['Result', 'Row', 'one_thread', 'compute_row', 'FailedRows', 'Rows', 'row_folder', 'budget', 'compute_rows', 'Measured',
-           'measure_here', 'in_fresh_process', 'growth_exponent']
+__all__ = ['Result', 'Row', 'one_thread', 'compute_row', 'FailedRows', 'Rows', 'row_folder', 'read_row', 'budget', 'compute_rows',
+           'Measured', 'measure_here', 'in_fresh_process', 'growth_exponent']
 
 # %% ../../nbs/lab/03_rows.ipynb #d5f90ad3
 Result = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -121,10 +121,19 @@ def row_folder(experiment: str) -> Path:
     return cache_root() / "rows" / experiment
 
 
+def read_row(path: Path) -> dict[str, Any] | None:
+    "A kept row, or None where there is none or the file was damaged: then it is computed again."
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"result", "seconds"} <= set(kept) else None
+
+
 def budget(folder: Path, known: int, missing: int, jobs: int = 1) -> str:
     "One sentence: how many rows are kept, and how long the others will take."
     recent = sorted(folder.glob("[!.]*.json"), key=lambda p: p.stat().st_mtime)[-50:]
-    costs = sorted(json.loads(p.read_text(encoding="utf-8")).get("seconds", 0.0) for p in recent)
+    costs = sorted(row["seconds"] for p in recent if (row := read_row(p)))
     each = costs[len(costs) // 2] if costs else None
     price = f"about {each * missing / jobs / 60:.1f} minutes at {each:.1f} CPU seconds a row" if each is not None else "their cost is not known yet"
     return f"{known + missing} rows: {known} kept, {missing} to compute" + (f" ({price})" if missing else "")
@@ -147,7 +156,8 @@ def _work(rows: Mapping[Path, Row], jobs: int, title: str, show: bool) -> list[s
 def _gather(rows: Iterable[tuple[Row, Path]]) -> Rows:
     out = Rows()
     for row, path in rows:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        if (kept := read_row(path)) is None:
+            continue
         lines = kept["result"] if isinstance(kept["result"], list) else [kept["result"]]
         out.lines += [{**row.labels, **line} for line in lines]
         out.seconds += kept["seconds"]
@@ -161,13 +171,13 @@ def compute_rows(experiment: str, rows: Iterable[Row], *, jobs: int | None = 1, 
     if some failed; with `strict=False` it warns and leaves them out."""
     folder, jobs = folder or row_folder(experiment), jobs or os.cpu_count() or 1
     placed = [(row, folder / f"{row.key}.json") for row in rows]
-    missing = {path: row for row, path in placed if not path.is_file()}
+    missing = {path: row for row, path in placed if read_row(path) is None}
     if show and missing:
         print(f"{experiment}: {budget(folder, len({p for _, p in placed}) - len(missing), len(missing), jobs)}")
     start = time.process_time()
     failures = _work(missing, jobs, experiment, show)
     spent = time.process_time() - start
-    table = _gather((row, path) for row, path in placed if path.is_file())
+    table = _gather(placed)
     table.spent = spent
     if failures and strict:
         raise FailedRows(failures, table)
