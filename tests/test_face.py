@@ -79,7 +79,7 @@ def test_type_check_sees_the_public_names_and_bites(tmp_path):
 
 # ---------------------------------------------------------------- packages
 
-IMPORTED_AS = {"scikit-learn": "sklearn", "pot": "ot", "lightning-fabric": "lightning_fabric", "umap-learn": "umap"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "pot": "ot", "lightning-fabric": "lightning_fabric"}
 # started by name, or brought along so that another package can do something
 NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "ipywidgets": "tables of widgets in notebooks",
                 "execnb": "nbdev breaks with newer ones", "ghapi": "nbdev breaks with newer ones", "setuptools": "setup.py", "ruff": "make lint",
@@ -129,7 +129,7 @@ def test_every_package_is_needed_and_every_need_is_declared():
 
 def test_packages_the_project_builds_on_stay():
     names = {name for group in declared().values() for name in group}
-    assert {"jupyterlab", "nbdev", "torch", "scanpy", "anndata", "geomloss", "pot", "plotly", "umap-learn", "papermill", "ipywidgets"} <= names
+    assert {"jupyterlab", "nbdev", "torch", "scanpy", "anndata", "geomloss", "pot", "plotly", "papermill", "ipywidgets"} <= names
 
 
 def test_every_package_is_pinned():
@@ -194,7 +194,7 @@ for step in steps:
 def test_core_works_without_the_extras(tmp_path):
     """reconstruct with its report, fit and evaluate where no package of any extra can be imported."""
     groups = declared()
-    extra = {name for key, group in groups.items() if key for name in group} - set(groups[""]) - {"setuptools", "joblib", "cloudpickle", "umap-learn"}
+    extra = {name for key, group in groups.items() if key for name in group} - set(groups[""]) - {"setuptools", "joblib", "cloudpickle"}
     blocked = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in extra} | {"IPython", "jupyter_client", "traitlets"}
     done = python(CORE, ",".join(sorted(blocked)), str(tmp_path))
     assert done.returncode == 0, done.stderr[-1500:]

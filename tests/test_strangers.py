@@ -591,7 +591,7 @@ def test_many_cells_say_where_they_are_within_two_seconds(home, monkeypatch, cap
     import gears_nb.reconstruct.patchwise as patchwise
 
     slow = lambda f: lambda *a, **k: (time.sleep(1.3), f(*a, **k))[1]
-    for name in ("build_graph", "_stitched", "huber_solve"):
+    for name in ("build_graph", "_stitched", "solve_distances"):
         monkeypatch.setattr(patchwise, name, slow(getattr(patchwise, name)))
     Gears.load(home / "model", {"progress": True}).reconstruct(cells_of(home))
     said = capsys.readouterr().err
