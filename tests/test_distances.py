@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist, squareform
 
-from gears_nb.core.errors import InputError
+from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.geometry.distances import Solution, optimal_scale, solve_distances, start_layout, stress1, tidy_edges
 from gears_nb.geometry.gauge import canonical, gauge_fix, procrustes
 from gears_nb.geometry.mds import classical_mds, double_centred, landmark_mds
@@ -89,6 +89,22 @@ def test_bad_input_is_refused(place, mode):
                                         (ALL, d, place[:50], "number the points"), (ALL, d, place[:, :1], "one row of two numbers")):
         with pytest.raises(InputError, match=message):
             solve_distances(pairs, lengths, X0, mode=mode)
+    again = np.vstack([ALL, ALL[:1, ::-1]])
+    for pairs, lengths, message in ((ALL.astype(float), d, "two whole numbers per pair"), (ALL.ravel(), d, "two whole numbers per pair"), (ALL, 0 * d, "the longest is 0"),
+                                    (ALL, 1e200 * d, "the longest is"), (ALL, d[:, None], "one length per pair")):
+        with pytest.raises(InputError, match=message):
+            solve_distances(pairs, lengths, mode=mode)
+    with pytest.warns(GearsWarning, match="1 pairs are given again"):
+        assert np.array_equal(solve_distances(again, np.append(d, 3 * d[0] + 1), place, mode=mode).X, solve_distances(ALL, d, place, mode=mode).X)
+    assert np.array_equal(solve_distances(again, np.append(d, d[0]), place, mode=mode).X, solve_distances(ALL, d, place, mode=mode).X)
+
+
+@pytest.mark.parametrize(("how", "message"), [({"mode": "robst"}, "choose one of exact, robust"), ({"iteration": 3}, "is no option of mode 'exact'"),
+                                              ({"mode": "robust", "landmarks": [0, 1, 500]}, "name points from 0"), ({"landmarks": [-1, 2, 3]}, "name points from 0"),
+                                              ({"mode": "robust", "weight": -np.ones(len(ALL))}, "confidence from 0"), ({"mode": "robust", "weight": [1.0]}, "confidence from 0")])
+def test_bad_options_are_refused(place, how, message):
+    with pytest.raises(InputError, match=message):
+        solve_distances(ALL, pdist(place), **how)
 
 
 def test_a_star_has_some_map():

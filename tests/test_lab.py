@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,13 +92,67 @@ def test_a_failed_row_loses_no_other(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"], "half files are left"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"labels": {}}', "\x00\x01"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"labels": {}}', "\x00\x01", '{"seconds": null, "result": {}}', '{"seconds": "abc", "result": {}}',
+                                    '{"seconds": 1, "result": 5}', '{"seconds": 1, "result": [1, 2]}', '{"seconds": 1, "result": "ab"}'])
 def test_a_damaged_row_is_computed_again(tmp_path, damage):
     first = compute_rows("lab/test", asked(square, [1, 2]), show=False, folder=tmp_path)
     lost = sorted(tmp_path.glob("[!.]*.json"))[0]
     lost.write_text(damage)
     assert compute_rows("lab/test", asked(square, [1, 2]), folder=tmp_path).lines == first.lines
     assert json.loads(lost.read_text())["result"]
+
+
+@pytest.mark.parametrize(("result", "message"), [(None, "not NoneType"), (5, "not int"), ("ab", "not str"), ([1, 2], "not list"), ({"x": 3}, "returns x, which its labels hold"),
+                                                 ([{"y": 1}, {"x": 3}], "returns x"), ({1: 2, "1": 3}, "two columns of the same name")])
+def test_what_is_no_row_is_a_named_failure(tmp_path, result, message):
+    with pytest.raises(FailedRows, match=f"1 row failed: x 1: .*{message}"):
+        compute_rows("lab/test", [Row({"x": 1}, lambda: result, shared="one")], show=False, folder=tmp_path)
+    assert not list(tmp_path.glob("*.json")), "it was kept"
+
+
+def dies(x: int) -> dict[str, float]:
+    if x == 1:
+        os._exit(3)
+    return square(x)
+
+
+def test_a_worker_that_dies_and_a_row_that_cannot_travel_are_named(tmp_path):
+    with pytest.raises(FailedRows, match="x 1: not computed, TerminatedWorkerError"):
+        compute_rows("lab/test", asked(dies, [0, 1, 2]), show=False, folder=tmp_path / "dies", jobs=2)
+    held = threading.Lock()
+    with pytest.raises(FailedRows, match="not computed, "):
+        compute_rows("lab/test", [Row({"x": i}, lambda: held and {}, shared=f"row{i}") for i in range(2)], show=False, folder=tmp_path / "held", jobs=2)
+
+
+def test_a_row_that_another_process_kept_meanwhile_is_not_computed_again(tmp_path):
+    def other_process() -> dict[str, float]:
+        compute_rows("lab/test", [second], show=False, folder=tmp_path)
+        return {"y": 1}
+
+    calls: list[int] = []
+    second = Row({"x": 2}, lambda: calls.append(1) or {"y": 2}, shared="second")
+    table = compute_rows("lab/test", [Row({"x": 1}, other_process, shared="first"), second], show=False, folder=tmp_path)
+    assert table.lines == [{"x": 1, "y": 1}, {"x": 2, "y": 2}] and calls == [1]
+
+
+def test_many_failures_stay_readable(tmp_path):
+    def long() -> None:
+        raise ValueError("word " * 10_000)
+
+    with pytest.raises(FailedRows, match="7 rows failed.*; and 2 more") as caught:
+        compute_rows("lab/test", [Row({"x": i}, long, shared=f"row{i}") for i in range(7)], show=False, folder=tmp_path)
+    assert len(str(caught.value)) < 3000 and len(caught.value.failures) == 7
+
+
+def test_rows_have_a_place_or_say_so_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    calls: list[int] = []
+    with pytest.raises(InputError, match="GEARS_CACHE"):
+        compute_rows("lab/test", [Row({"x": 1}, lambda: calls.append(1) or {}, shared="one")], show=False, folder=tmp_path / "file" / "rows")
+    assert not calls
+    for name in ("../outside", "/outside", ""):
+        with pytest.raises(InputError, match="use chapter/name"):
+            compute_rows(name, asked(square, [1]), show=False)
 
 
 def test_budget_is_printed_before_the_work(tmp_path, capsys):
@@ -127,7 +183,8 @@ print(len(compute_rows("lab/killed", rows, show=False, folder=Path(sys.argv[1]))
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_kill_and_resume(tmp_path, how):
     run = [sys.executable, "-c", KILLED, str(tmp_path)]
-    child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the shell of this test ignores it
+    child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
     limit = time.time() + 60
     while len(list(tmp_path.glob("[!.]*.json"))) < 2 and time.time() < limit:
         time.sleep(0.02)

@@ -201,3 +201,11 @@ def test_risk_rises_with_coverage_for_an_honest_confidence():
     assert honest.risk[-1] == pytest.approx(score(pred, true)["stress1"])
     unsure = np.where(noise > 0.9, np.nan, -noise)
     assert compare.risk_coverage(pred, true, unsure).risk[-1] < honest.risk[-1]
+
+
+@pytest.mark.parametrize("bad", [np.empty((0, 2)), np.ones((4, 3)), np.full((4, 2), np.nan), np.ones(4)])
+def test_clouds_without_a_distance_are_refused(bad):
+    with pytest.raises(InputError, match="two clouds of the same dimension"):
+        metrics.swd(np.ones((4, 2)), bad)
+    with pytest.raises(InputError, match="three cells or more"):
+        metrics.trustworthiness(np.ones((2, 2)), np.ones((2, 2)))

@@ -99,7 +99,7 @@ def test_cosine_ignores_the_length_of_vectors_and_tolerates_zero_rows():
 def test_it_refuses_what_it_cannot_answer():
     F = np.ones((3, 2))
     for ask in (lambda: knn(F, 0), lambda: knn(F[:1], 1), lambda: knn_between(F, F[:0], 1)):
-        with pytest.raises(InputError, match="k must be at least 1"):
+        with pytest.raises(InputError, match="k must be a whole number from 1"):
             ask()
 
 
@@ -108,3 +108,29 @@ def test_padding_and_recall():
     assert neighbour_recall(X, 3 * X + 1) == 1 and neighbour_recall(X[::-1], X) < 0.5
     d2 = squared_distances(torch.from_numpy(X)[None])
     assert torch.equal(d2, d2.transpose(1, 2)) and not d2.diagonal(dim1=1, dim2=2).any()
+
+
+@pytest.mark.parametrize(("X", "how", "message"), [
+    (np.ones((5, 2)), {"metric": "manhattan"}, "choose one of euclidean, cosine"), (np.ones(5), {}, "pass a table"), (np.ones((5, 0)), {}, "pass a table"),
+    (np.ones((5, 2)), {"k": 2.0}, "whole number"), (np.ones((5, 2)), {"k": 0}, "whole number"), (np.ones((1, 2)), {}, "of 0 candidates")])
+def test_searches_that_make_no_sense_are_refused(X, how, message):
+    with pytest.raises(InputError, match=message):
+        knn(X, **{"k": 2, **how})
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("columns", [2, 20])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_rows_that_are_not_finite_are_counted(metric, columns, value):
+    X = np.random.default_rng(0).normal(size=(9, columns))
+    X[[2, 5], 1] = value
+    for search in (lambda: knn(X, 2, metric=metric), lambda: knn_between(X, X[:2], 1, metric=metric), lambda: knn_between(X[:2], X, 1, metric=metric)):
+        with pytest.raises(InputError, match="2 of 9 rows hold NaN or infinite values"):
+            search()
+
+
+def test_between_tables_of_other_width_or_without_rows():
+    with pytest.raises(InputError, match="has 2 columns, B has 3"):
+        knn_between(np.ones((4, 2)), np.ones((4, 3)), 1)
+    distance, index = knn_between(np.ones((0, 2)), np.ones((4, 2)), 3)
+    assert distance.shape == index.shape == (0, 3)

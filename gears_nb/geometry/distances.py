@@ -5,7 +5,9 @@
 # %% ../../nbs/geometry/04_distances.ipynb #e7901186
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import GearsWarning, InputError
 from ..core.seeding import np_rng
 from .gauge import gauge_fix
 from .mds import classical_mds, landmark_mds, laterate, smacof
@@ -75,9 +77,12 @@ def _account(X: np.ndarray, start: np.ndarray, pairs: np.ndarray, lengths: np.nd
 # %% ../../nbs/geometry/04_distances.ipynb #b8a42b04
 def _distinct(n: int, pairs: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | slice]:
     "Distinct `pairs` `(E, 2)`, i < j, sorted, and which rows they come from. Raises `InputError` for unusable ones."
-    pairs, lengths = np.asarray(pairs, np.int64).reshape(-1, 2), np.asarray(lengths)
-    if len(pairs) != len(lengths) or not len(pairs):
-        raise InputError("solve_distances", "lengths", f"{len(lengths)} lengths for {len(pairs)} pairs", "pass one length per pair")
+    given, lengths = np.asarray(pairs), np.asarray(lengths, float)
+    if given.size and (given.ndim != 2 or given.shape[1] != 2 or given.dtype.kind not in "iu"):
+        raise InputError("solve_distances", "pairs", f"shape {given.shape} of {given.dtype}", "pass two whole numbers per pair, an array (E, 2)")
+    pairs = given.astype(np.int64).reshape(-1, 2)
+    if lengths.shape != (len(pairs),) or not len(pairs):
+        raise InputError("solve_distances", "lengths", f"{' x '.join(map(str, lengths.shape))} lengths for {len(pairs)} pairs", "pass one length per pair")
     if pairs.min() < 0 or pairs.max() >= n:
         raise InputError("solve_distances", "pairs", f"points {pairs.min()} to {pairs.max()} for n = {n}", "number the points from 0 to n - 1")
     bad = int((~np.isfinite(lengths) | (lengths < 0)).sum())
@@ -93,7 +98,7 @@ def _distinct(n: int, pairs: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarra
 
 
 def tidy_edges(n: int, edges: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Distinct pairs `(E, 2)` with `i < j` and their lengths, float64. Raises `InputError` for unusable ones."
+    "Distinct pairs `(E, 2)` with `i < j` and their lengths, float64; of a pair that is given twice, the first length. Raises `InputError` for unusable ones."
     edges, rows = _distinct(n, edges, lengths)
     return edges, np.asarray(lengths, float)[rows]
 
@@ -209,11 +214,14 @@ def start_layout(n: int, pairs: np.ndarray, lengths: np.ndarray, landmarks: Sequ
 
     landmarks: points with distances to (nearly) all others; needed for `how="lateration"`. seed: of the point where a search for landmarks of paths begins.
     robust: walk along trusted pairs only. Raises `InputError` for points without a path to the landmarks, or fewer than 3 landmarks to laterate from."""
-    if how == "lateration":
-        return _laterated(path_graph(n, pairs, lengths), np.asarray(() if landmarks is None else landmarks, np.int64))
-    if landmarks is None:
+    if landmarks is None and how == "mds":
         landmarks = np.flatnonzero(np.bincount(pairs.ravel(), minlength=n) >= n - 1) if n > 3 else np.arange(n)
-    return _mds_start(n, pairs, lengths, np.asarray(landmarks, np.int64), int(np_rng(seed, "recover_sparse").integers(n)), robust)
+    marks = np.asarray(() if landmarks is None else landmarks, np.int64)
+    if marks.min(initial=0) < 0 or marks.max(initial=-1) >= n:
+        raise InputError("solve_distances", "landmarks", f"points {marks.min()} to {marks.max()} for n = {n}", "name points from 0 to n - 1")
+    if how == "lateration":
+        return _laterated(path_graph(n, pairs, lengths), marks)
+    return _mds_start(n, pairs, lengths, marks, int(np_rng(seed, "recover_sparse").integers(n)), robust)
 
 # %% ../../nbs/geometry/04_distances.ipynb #be5a2f72
 SOFT = 0.25    # lengths below this share of the median length are not weighted more than it
@@ -414,22 +422,57 @@ def solve_robust(pairs: np.ndarray, lengths: np.ndarray, X0: np.ndarray, *, weig
     return Solution(iterations=int(out.nit), converged=out.status == 0, reason=_REASONS[out.status], **account)
 
 # %% ../../nbs/geometry/04_distances.ipynb #1ace9380
+_MODES: Mapping[str, Callable[..., Solution]] = {"exact": solve_exact, "robust": solve_robust}
+_RANGE = 1e100  # lengths beyond it, or all below its inverse, leave double precision when they are squared
+
+
+def _check_call(mode: str, options: Mapping[str, Any]) -> None:
+    "Raise `InputError` for a mode that does not exist or an option that its solver does not take."
+    if mode not in _MODES:
+        raise InputError("solve_distances", "mode", f"is {mode!r}", f"choose one of {', '.join(_MODES)}")
+    known = [name for name, p in inspect.signature(_MODES[mode]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise InputError("solve_distances", name, f"is no option of mode {mode!r}", f"it takes {', '.join(known)}")
+
+
+def _check_lengths(pairs: np.ndarray, lengths: np.ndarray, kept: np.ndarray, rows: np.ndarray | slice) -> None:
+    "Raise `InputError` for lengths without a size; warn of pairs that have two lengths. `kept` (F, 2) are the distinct pairs, from `rows`."
+    if not 1 / _RANGE < lengths.max() < _RANGE:
+        raise InputError("solve_distances", "lengths", f"the longest is {lengths.max():g}", "give lengths in a unit in which they are about 1")
+    if isinstance(rows, slice):
+        return
+    n = int(pairs.max()) + 1
+    key, own = (np.sort(p, axis=1) @ np.array([n, 1]) for p in (pairs, kept))
+    real = pairs[:, 0] != pairs[:, 1]
+    first = lengths[rows][np.searchsorted(own, key[real])]
+    apart = int((np.abs(lengths[real] - first) > 1e-6 * lengths.max()).sum())
+    if apart:
+        warnings.warn(f"solve_distances: {apart} pairs are given again with another length; the first one counts", GearsWarning, stacklevel=3)
+
+# %% ../../nbs/geometry/04_distances.ipynb #13d53d9e
 def solve_distances(pairs: np.ndarray, lengths: np.ndarray, X0: np.ndarray | None = None, *, mode: Literal["exact", "robust"] = "exact", n: int | None = None,
                     landmarks: Sequence[int] | None = None, seed: int = 0, **options: Any) -> Solution:
     """A layout of n points from `lengths` (E,) of `pairs` (E, 2); memory O(E + n). In the unit of the lengths, turned as it comes.
 
     X0 (n, 2): start in the unit of the lengths; None: `start_layout` from `landmarks`, seeded. mode: "exact" for lengths that are right but for
     a few (options of `solve_exact`), "robust" for doubtful ones (options of `solve_robust`). n: default the rows of X0, or the largest index plus one.
-    Raises `InputError` for bad pairs and where points have no path to the landmarks. Local pairs alone do not settle shapes whose ends nearly meet
-    (a letter C): then give landmark pairs or `X0`."""
+    Of a pair that is given twice the first length counts. Local pairs alone do not settle shapes whose ends nearly meet (a letter C): then give landmark
+    pairs or `X0`. Raises `InputError` for bad pairs, lengths or options, and where points have no path to the landmarks."""
+    _check_call(mode, options)
     n = n or (int(np.max(pairs, initial=-1)) + 1 if X0 is None else len(X0))
-    pairs, rows = _distinct(n, pairs, lengths)
-    lengths = np.asarray(lengths, float)[rows]
+    given, (pairs, rows) = np.asarray(pairs), _distinct(n, pairs, lengths)
+    lengths = np.asarray(lengths, float)
+    _check_lengths(given, lengths, pairs, rows)
+    lengths = lengths[rows]
     if options.get("weight") is not None:
-        options["weight"] = np.asarray(options["weight"], float)[rows]
+        weight = np.asarray(options["weight"], float)
+        if len(weight) != len(given) or not ((weight >= 0) & np.isfinite(weight)).all() or not weight.any():
+            raise InputError("solve_distances", "weight", f"shape {weight.shape} for {len(given)} pairs, or negative, NaN or all zero", "give each pair a confidence from 0")
+        options["weight"] = weight[rows]
     if X0 is None:
         how: Literal["mds", "lateration"] = "lateration" if mode == "robust" and landmarks is not None else "mds"
         X0 = start_layout(n, pairs, lengths, landmarks, how=how, seed=seed, robust=options.get("robust", True))
     if np.shape(X0) != (n, 2):
         raise InputError("solve_distances", "X0", f"shape {np.shape(X0)} for {n} points", "pass one row of two numbers per point")
-    return {"exact": solve_exact, "robust": solve_robust}[mode](pairs, lengths, np.asarray(X0, float), **options)
+    return _MODES[mode](pairs, lengths, np.asarray(X0, float), **options)

@@ -127,9 +127,11 @@ def _ordered_distances(X: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def trustworthiness(near: np.ndarray, far: np.ndarray, k: int = NEIGHBOURS, block: int = 512) -> float:
     """Share of `near`-space neighbourhoods that are honest in `far` space (Venna & Kaski 2001).
 
-    `trustworthiness(pred, true)` is Trust@k, `trustworthiness(true, pred)` is Cont@k. Both clouds about unit size. Memory block x n.
+    `trustworthiness(pred, true)` is Trust@k, `trustworthiness(true, pred)` is Cont@k. Both clouds about unit size, three cells or more. Memory block x n.
     """
     n = len(near)
+    if n < 3 or len(far) != n:
+        raise InputError("trustworthiness", "near", f"{n} and {len(far)} cells", "pass two layouts of the same three cells or more")
     k = min(k, (n - 1) // 2)
     penalty = 0
     for start in range(0, n, block):
@@ -155,6 +157,9 @@ def swd(X: np.ndarray, Y: np.ndarray) -> float:
     "Sliced 2-Wasserstein distance of two clouds (n, d) and (m, d), as they lie, along the fixed `directions`. Source: POT."
     import ot
 
+    for field, Z in (("X", X), ("Y", Y)):
+        if np.ndim(Z) != 2 or not len(Z) or np.shape(Z)[1] != np.shape(X)[-1] or not np.isfinite(Z).all():
+            raise InputError("swd", field, f"shape {np.shape(Z)}, or values that are not finite", "pass two clouds of the same dimension, without NaN")
     return float(ot.sliced_wasserstein_distance(X, Y, projections=directions(X.shape[1]).T, p=2))
 
 

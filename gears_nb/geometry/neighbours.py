@@ -5,8 +5,9 @@
 # %% ../../nbs/geometry/02_neighbours.ipynb #354191e8
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -147,22 +148,36 @@ def _group_blocks(U: np.ndarray, candidates: int, rng: np.random.Generator) -> I
         yield member[g], np.sort(np.concatenate([member[p] for p in probes]))
 
 # %% ../../nbs/geometry/02_neighbours.ipynb #541b213a
-def _table(X: np.ndarray, metric: Metric) -> np.ndarray:
-    "`X` (n, d) as the search reads it: unit rows in float32, or float64."
-    return unit_rows(X) if metric == "cosine" else np.ascontiguousarray(X, dtype=np.float64)
+def _table(X: np.ndarray, metric: Metric, source: str, field: str) -> np.ndarray:
+    "`X` (n, d) as the search reads it: unit rows in float32, or float64. Raises `InputError` for another metric and for tables without a distance."
+    if metric not in get_args(Metric):
+        raise InputError(source, "metric", f"is {metric!r}", f"choose one of {', '.join(get_args(Metric))}")
+    Z = np.ascontiguousarray(X, dtype=np.float32 if metric == "cosine" else np.float64)
+    if np.ndim(X) != 2 or not Z.shape[1]:
+        raise InputError(source, field, f"has shape {np.shape(X)}", "pass a table, one row per point, with one column or more")
+    bad = len(Z) - int(np.isfinite(Z).all(1).sum())
+    if bad:
+        raise InputError(source, field, f"{bad} of {len(Z)} rows hold NaN or infinite values", "drop these rows or fill them in")
+    return unit_rows(Z) if metric == "cosine" else Z
 
 
+def _at_most(k: int, most: int, source: str) -> int:
+    "`k`, or `most` if that is smaller. Raises `InputError` unless it is a whole number from 1."
+    if not hasattr(k, "__index__") or min(operator.index(k), most) < 1:
+        raise InputError(source, "k", f"asks for {k!r} of {most} candidates", "k must be a whole number from 1, and there must be another row to find")
+    return min(operator.index(k), most)
+
+# %% ../../nbs/geometry/02_neighbours.ipynb #bd6cba2a
 def knn(X: np.ndarray, k: int, *, metric: Metric = "euclidean", exact: bool | None = None, seed: int = 0,
         candidates: int = 3000) -> tuple[np.ndarray, np.ndarray]:
     """The `k` nearest other rows of each row of `X` (n, d): distances and indices, both (n, min(k, n - 1)), nearest first, ties by index.
 
     metric: "cosine" is the Euclidean distance of unit rows. exact: False compares each row with at least `candidates` rows of the coarse groups nearest to it
-    (chosen by `seed`); None (default) does so in many dimensions above `EXACT_BELOW` rows. Raises `InputError` for k < 1 or fewer than two rows.
+    (chosen by `seed`); None (default) does so in many dimensions above `EXACT_BELOW` rows. Raises `InputError` for k < 1, fewer than two rows, values that are not
+    finite.
     """
-    Z, rows = _table(X, metric), np.arange(len(X))
-    k = min(k, len(Z) - 1)
-    if k < 1:
-        raise InputError("knn", "k", f"asks for {k} of {len(Z)} rows", "k must be at least 1, of two rows or more")
+    Z = _table(X, metric, "knn", "X")
+    k, rows = _at_most(k, len(Z) - 1, "knn"), np.arange(len(Z))
     tree = metric == "euclidean" and Z.shape[1] <= TREE_DIM
     if exact if exact is not None else tree or len(Z) <= EXACT_BELOW:
         return _tree_search(cKDTree(Z), Z, k, rows) if tree else _scan(Z, Z, k, metric, rows)
@@ -174,9 +189,12 @@ def knn(X: np.ndarray, k: int, *, metric: Metric = "euclidean", exact: bool | No
 
 def knn_between(A: np.ndarray, B: np.ndarray, k: int, *, metric: Metric = "euclidean") -> tuple[np.ndarray, np.ndarray]:
     "The `k` nearest rows of `B` (m, d) to each row of `A` (n, d), exact: distances and indices, both (n, min(k, m)), as `knn`."
-    k, P, Q = min(k, len(B)), _table(A, metric), _table(B, metric)
-    if k < 1:
-        raise InputError("knn_between", "k", f"asks for {k} of {len(B)} rows", "k must be at least 1, and B must not be empty")
+    P, Q = _table(A, metric, "knn_between", "A"), _table(B, metric, "knn_between", "B")
+    if P.shape[1] != Q.shape[1]:
+        raise InputError("knn_between", "A", f"has {P.shape[1]} columns, B has {Q.shape[1]}", "pass two tables with the same columns")
+    k = _at_most(k, len(Q), "knn_between")
+    if not len(P):
+        return np.empty((0, k), Q.dtype), np.empty((0, k), np.int64)
     return _tree_search(cKDTree(Q), P, k, None) if metric == "euclidean" and Q.shape[1] <= TREE_DIM else _scan(P, Q, k, metric, None)
 
 # %% ../../nbs/geometry/02_neighbours.ipynb #d42a030d

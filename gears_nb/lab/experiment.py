@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.machine import machine_info, plain, repo_root, versions_info
 from ..core.store import atomic_path
 from .judge import Verdict
-from .results import figures_root, find_notebook, made_by, read_record, validate_record
+from .results import figures_root, find_notebook, is_stale, made_by, read_record, validate_record
 from .rows import Row, Rows, compute_rows
 
 # %% auto #0
@@ -123,8 +123,10 @@ def verdict_table(record: Mapping[str, Any]) -> str:
     rules = record.get("rules", {})
     lines = [(v is not False, s, word(v), rules.get(s, {}).get("rule", ""), rules.get(s, {}).get("value")) for s, v in record["verdicts"].items()]
     shown = lambda v: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)
-    rows = [f"| {s} | {w} | {rule} | {shown(v)} |" for _, s, w, rule, v in sorted(lines, key=lambda line: line[0])]
-    return "\n".join(["| claim | outcome | rule | value |", "|---|---|---|---|", *rows]) if rows else ""
+    width = 4 if rules else 2  # records of before rules were kept have claim and outcome only
+    rows = [[s, w, rule, shown(v)][:width] for _, s, w, rule, v in sorted(lines, key=lambda line: line[0])]
+    head = [["claim", "outcome", "rule", "value"][:width], ["---"] * width]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows]) if rows else ""
 
 # %% ../../nbs/lab/05_experiment.ipynb #1f4a956c
 SHOWN_BYTES = 300_000  # a larger figure is named, not shown: a notebook keeps what it shows
@@ -133,7 +135,7 @@ SHOWN_BYTES = 300_000  # a larger figure is named, not shown: a notebook keeps w
 def on_file(key: str, figure: str | None = None, table: Callable[[Mapping[str, Any]], Any] | None = None, root: Path | None = None) -> None:
     """Show the committed result of `chapter/name` in a notebook: provenance, figure, `table(metrics)`, verdicts.
 
-    `figure`: file name (None: the first PNG, else the first SVG). Says so where there is no complete run on file."""
+    `figure`: file name (None: the first PNG, else the first SVG). Says so where there is no complete run on file, and where its code has changed since."""
     from IPython.display import SVG, Image, Markdown, display
 
     folder = Path(root or figures_root()) / key
@@ -141,7 +143,8 @@ def on_file(key: str, figure: str | None = None, table: Callable[[Mapping[str, A
         display(Markdown(f"No complete run on file yet: `gears run {key} --profile toy`."))
         return
     record = read_record(folder / "results.json")
-    display(Markdown(f"**On file:** {provenance(record)}."))
+    stale = is_stale(record)
+    display(Markdown(f"**On file:** {provenance(record)}." + (f" **Older than its code** ({stale}): `gears run {key} --profile toy` renews it." if stale else "")))
     pictures = [folder / figure] if figure else [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.svg"))]
     for picture in [p for p in pictures if p.is_file() and p.stat().st_size < SHOWN_BYTES][:1]:
         display(Image(filename=str(picture)) if picture.suffix == ".png" else SVG(filename=str(picture)))

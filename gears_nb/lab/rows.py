@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from ..core.errors import GearsWarning
+from ..core.errors import GearsWarning, InputError
 from ..core.machine import plain
 from ..core.progress import progress
 from ..core.store import content_digest, write_json
@@ -28,7 +29,7 @@ from ..data.registry import cache_root
 from .digests import reachable
 
 # %% auto #0
-__all__ = ['Result', 'Row', 'one_thread', 'compute_row', 'FailedRows', 'Rows', 'row_folder', 'read_row', 'budget', 'compute_rows',
+__all__ = ['Result', 'Row', 'one_thread', 'read_row', 'compute_row', 'FailedRows', 'Rows', 'row_folder', 'budget', 'compute_rows',
            'Measured', 'measure_here', 'in_fresh_process', 'best_seconds', 'growth_exponent']
 
 # %% ../../nbs/lab/03_rows.ipynb #d5f90ad3
@@ -71,26 +72,62 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _lines(result: Any) -> list[Mapping[str, Any]] | None:
+    "The lines of what a row returned (or of what a file holds); None for anything but a mapping or a list of mappings."
+    lines = [result] if isinstance(result, Mapping) else result
+    sound = isinstance(lines, Sequence) and all(isinstance(line, Mapping) for line in lines)
+    return list(lines) if sound else None
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    "A kept row, or None where there is none or the file was damaged: then it is computed again."
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    sound = isinstance(kept, dict) and isinstance(kept.get("seconds"), (int, float)) and _lines(kept.get("result")) is not None
+    return kept if sound else None
+
+
+def _checked(row: Row, result: Any) -> Any:
+    "`result` as it is kept. Raises `TypeError` or `ValueError` for one that makes no lines of a table."
+    if (lines := _lines(result)) is None:
+        raise TypeError(f"a row must return a mapping or a list of mappings, not {type(result).__name__}")
+    for line in lines:
+        if clash := set(map(str, line)) & set(map(str, row.labels)):
+            raise ValueError(f"returns {', '.join(sorted(clash))}, which its labels hold")
+        if len(set(map(str, line))) < len(line):
+            raise ValueError("returns two columns of the same name")
+    return plain(result)
+
+# %% ../../nbs/lab/03_rows.ipynb #a0cbbc72
 def compute_row(row: Row, path: Path) -> str | None:
-    "Compute `row` and write it to `path`; what went wrong, or None. Runs in worker processes."
+    "Compute `row` and write it to `path`, unless another process has meanwhile; what went wrong, or None. Runs in worker processes."
+    if read_row(path):
+        return None
     start = time.process_time()
     try:
         with one_thread(), warnings.catch_warnings():
             warnings.simplefilter("ignore", GearsWarning)
-            result = plain(row.compute())
+            result = _checked(row, row.compute())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"labels": plain(row.labels), "seconds": time.process_time() - start, "result": result})
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{row.name}: {type(error).__name__} in {last.name}: {' '.join(str(error).split())}"
+        return _failure(row, f"{type(error).__name__} in {traceback.extract_tb(error.__traceback__)[-1].name}", error)
     return None
+
+
+def _failure(row: Row, what: str, error: BaseException) -> str:
+    "One line about a row that could not be computed, of a bearable length."
+    return f"{row.name}: {what}: {shorten(str(error), 300, placeholder=' ...')}"
 
 # %% ../../nbs/lab/03_rows.ipynb #2ad934f2
 class FailedRows(RuntimeError):
     "Some rows failed; `table` holds the others, which are kept."
 
     def __init__(self, failures: Sequence[str], table: Rows):
-        super().__init__(f"{len(failures)} rows failed: " + "; ".join(failures))
+        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+        super().__init__(f"{len(failures)} row{'s' * (len(failures) > 1)} failed: {'; '.join(failures[:5])}{more}")
         self.failures, self.table = tuple(failures), table
 
 
@@ -117,17 +154,19 @@ class Rows(Sequence[dict[str, Any]]):
 
 # %% ../../nbs/lab/03_rows.ipynb #2a105156
 def row_folder(experiment: str) -> Path:
-    "Where rows of `chapter/name` are kept."
+    "Where rows of `chapter/name` are kept. Raises `InputError` for a name that leaves that place."
+    if Path(experiment).is_absolute() or ".." in Path(experiment).parts or not Path(experiment).parts:
+        raise InputError("compute_rows", "experiment", f"{experiment!r} is no name", "use chapter/name")
     return cache_root() / "rows" / experiment
 
 
-def read_row(path: Path) -> dict[str, Any] | None:
-    "A kept row, or None where there is none or the file was damaged: then it is computed again."
+def _must_hold_files(folder: Path) -> None:
+    "Raise `InputError` unless files can be written to `folder`, which is made."
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and {"result", "seconds"} <= set(kept) else None
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError("compute_rows", folder, f"cannot be written to ({error.strerror})", "choose a folder for caches with GEARS_CACHE") from error
 
 
 def budget(folder: Path, known: int, missing: int, jobs: int = 1) -> str:
@@ -148,9 +187,16 @@ def _work(rows: Mapping[Path, Row], jobs: int, title: str, show: bool) -> list[s
 
     from gears_nb.lab.rows import compute_row as work  # by name: a worker imports it
 
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        done = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(work)(row, path) for path, row in rows.items())
-        return [f for f in progress(done, total=len(rows), desc=title, enabled=show) if f]
+    failures: list[str] = []
+    try:
+        with parallel_config(backend="loky", inner_max_num_threads=1):
+            done = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(work)(row, path) for path, row in rows.items())
+            failures += (f for f in progress(done, total=len(rows), desc=title, enabled=show) if f)
+    except Exception as error:  # of the pool: a worker that died, a row that cannot be sent to one
+        named = {f.partition(": ")[0] for f in failures}
+        failures += (_failure(row, f"not computed, {type(error).__name__}", error) for path, row in rows.items()
+                     if read_row(path) is None and row.name not in named)
+    return failures
 
 
 def _gather(rows: Iterable[tuple[Row, Path]]) -> Rows:
@@ -158,8 +204,7 @@ def _gather(rows: Iterable[tuple[Row, Path]]) -> Rows:
     for row, path in rows:
         if (kept := read_row(path)) is None:
             continue
-        lines = kept["result"] if isinstance(kept["result"], list) else [kept["result"]]
-        out.lines += [{**row.labels, **line} for line in lines]
+        out.lines += [{**row.labels, **line} for line in _lines(kept["result"]) or ()]
         out.seconds += kept["seconds"]
     return out
 
@@ -168,10 +213,12 @@ def compute_rows(experiment: str, rows: Iterable[Row], *, jobs: int | None = 1, 
     """The lines of `rows`, those that are kept read, the others computed and kept.
 
     `experiment`: `chapter/name`, the place of the files; `jobs`: processes (None: one per core); `show`: budget and progress. Raises `FailedRows` at the end
-    if some failed; with `strict=False` it warns and leaves them out."""
+    if some failed; with `strict=False` it warns and leaves them out. Raises `InputError` before anything is computed if rows cannot be kept."""
     folder, jobs = folder or row_folder(experiment), jobs or os.cpu_count() or 1
     placed = [(row, folder / f"{row.key}.json") for row in rows]
     missing = {path: row for row, path in placed if read_row(path) is None}
+    if missing:
+        _must_hold_files(folder)
     if show and missing:
         print(f"{experiment}: {budget(folder, len({p for _, p in placed}) - len(missing), len(missing), jobs)}")
     start = time.process_time()

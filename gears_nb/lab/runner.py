@@ -140,6 +140,8 @@ def check_parameters(notebook: Notebook, given: Mapping[str, Any]) -> dict[str, 
         if not _fits(value, kind):
             raise InputError(f"notebook {notebook.key}", name, f"is {value!r}, of type {type(value).__name__}",
                              f"give a value of type {kind.__name__}, such as the default {known[name].default!r}")
+        if name in ("seed", "seeds") and isinstance(value, int) and value < (name == "seeds"):
+            raise InputError(f"notebook {notebook.key}", name, f"is {value}", "give a whole number from 1" if name == "seeds" else "give a whole number from 0")
         checked[name] = float(value) if kind is float else list(value) if kind is list else value
     return checked
 
@@ -156,7 +158,9 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
 
 # %% ../../nbs/lab/09_runner.ipynb #ce041a33
 class RunError(RuntimeError):
-    """A notebook stopped with an error; the message is one line and names the executed copy."""
+    """A notebook stopped with an error; the message is one line and names the executed copy. `by_input`: whether something that was given to it is at fault."""
+
+    by_input = False
 
 
 def _set_aside(source: str, profile: str | None) -> bool:
@@ -218,8 +222,10 @@ def _execute(notebook: Notebook, values: dict[str, Any], profile: str | None, ta
                                    kernel_name="python3", progress_bar=progress, log_output=log_output,
                                    extra_arguments=["--IPKernelApp.log_level=50"])  # its start-up notices help nobody here
     except PapermillExecutionError as error:
-        raise RunError(f"notebook {notebook.key} stopped in cell {error.cell_index + 1} with "
-                       f"{error.ename}: {' '.join(str(error.evalue).split())}. Executed copy: {partial}") from None
+        stop = RunError(f"notebook {notebook.key} stopped in cell {error.cell_index + 1} with "
+                        f"{error.ename}: {' '.join(str(error.evalue).split()).rstrip('.')}. Executed copy: {partial}")
+        stop.by_input = error.ename == "InputError"
+        raise stop from None
     finally:
         prepared.unlink(missing_ok=True)
     return partial.rename(target)

@@ -303,7 +303,9 @@ class _Learned:
     "What a `Gears` has learned, and with which settings."
 
     def __init__(self, config: GearsConfig | None = None, *, model: str | Mapping[str, Any] | None = None):
-        config = config or profile("toy")
+        config = profile("toy") if config is None else config
+        if not isinstance(config, GearsConfig):
+            raise InputError("Gears", "config", f"is {config!r}", "pass the settings themselves, for example Gears(profile(\"toy\"))")
         self.config = config if model is None else override(config, {"structure.model": model})
         chosen = self.config.structure.model
         from_dict(chosen.settings, model_class(chosen.name).Config, "structure.model.settings.")  # says now what training would say later

@@ -50,7 +50,7 @@ _EXAMPLES = """examples
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
-  gears results                                           all numbers on file, and which are stale
+  gears results                                           what is on file, and which of it is stale; with a name, its numbers
   gears doctor                                            is this machine ready?
 
 input
@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
     results = add("results", "tables of all results on file; stale ones are marked")
-    results.add_argument("only", nargs="?", default="", help="show only results whose name contains this")
+    results.add_argument("only", nargs="?", default="", help="show the numbers of the results whose name contains this (\"/\": of all); default: one line each")
     add("doctor", "versions, device, memory, data: is this machine ready?")
     return parser
 
@@ -409,7 +409,8 @@ def _run_command(argv: Sequence[str] | None) -> int:
     except Exception as error:  # the last line of defence: one line instead of a traceback, unless asked for
         if os.environ.get("GEARS_DEBUG"):
             raise
-        return _fail(f"{command}: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. GEARS_DEBUG=1 shows where.", 1)
+        return _fail(f"{command}: {type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. GEARS_DEBUG=1 shows where.",
+                     2 if getattr(error, "by_input", False) else 1)
 
 
 def _fail(message: str, code: int) -> int:

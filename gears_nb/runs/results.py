@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import InputError
 from ..lab.results import SCORE_KEYS, figures_root, is_stale, load_results
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # %% auto #0
-__all__ = ['wide_console', 'score_tables', 'flatten', 'result_view', 'show_results']
+__all__ = ['wide_console', 'score_tables', 'flatten', 'result_view', 'overview', 'show_results']
 
 # %% ../../nbs/runs/02_results.ipynb #b1b2d2f3
 _SHORT = {"spearman": "spearm", "pearson": "pearson", "stress1": "stress", "edge_auc": "auc", "shell_f1": "shell", "w1_knn": "w1"}
@@ -68,14 +70,11 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _row_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Rows that are not score rows, as they are (numbers with four digits)."""
-    from rich.table import Table
-    table = Table(header_style="bold")
-    for key in rows[0]:
-        table.add_column(str(key), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    return table
+    """Rows that are not score rows, as they are (numbers with four digits); columns beyond the width go into blocks of their own, rows beyond 60 are left out."""
+    import pandas as pd
+    from rich.text import Text
+    frame = pd.DataFrame(list(rows))
+    return Text(frame.to_string(line_width=112, max_rows=60, max_colwidth=40, float_format="{:.4g}".format, na_rep="", index=False) + "\n")
 
 
 def _with_rule(outcome: Any, rule: Mapping[str, Any] | None) -> str:
@@ -104,16 +103,35 @@ def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
     return [*view, table] if table.row_count else view
 
 # %% ../../nbs/runs/02_results.ipynb #8d6df3e0
-def show_results(root: Path | None = None, only: str = "", console: Any = None) -> int:
-    """Print every result below `root` (or those whose name contains `only`); return how many are stale."""
-    console = console or wide_console()
-    found = {k: r for k, r in load_results(root).items() if only in k}
-    if not found:
-        console.print(f"no results below {root or figures_root()}" + (f" whose name contains {only}" if only else ""))
+def overview(found: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """One line per result: name, date, profile, minutes, verdicts that hold, that fail and that are words or not decided, and why it is stale."""
+    from rich.table import Table
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for i, head in enumerate(["result", "date", "profile", "CPU min", "yes", "no", "other", "state"]):
+        table.add_column(head, justify="right" if 2 < i < 7 else "left", no_wrap=i < 7)
     for key, record in found.items():
-        for part in result_view(key, record):
-            console.print(part, highlight=False)
+        outcomes, stale = list(record["verdicts"].values()), is_stale(record)
+        counts = [sum(o is True for o in outcomes), sum(o is False for o in outcomes)]
+        table.add_row(key, record.get("date", ""), str(record["params"].get("profile", "")), f"{record['seconds'] / 60:.1f}", *map(str, counts),
+                      str(len(outcomes) - sum(counts)), f"[yellow]stale: {stale}[/]" if stale else "[green]current[/]")
+    return table
+
+# %% ../../nbs/runs/02_results.ipynb #c050b676
+def show_results(root: Path | None = None, only: str = "", console: Any = None) -> int:
+    """Print one line per result below `root`, or all numbers of those whose name contains `only`; return how many are stale.
+
+    Raises `InputError` where `only` is in no name, with the closest one."""
+    console = console or wide_console()
+    known = load_results(root)
+    found = {k: r for k, r in known.items() if only in k}
+    if only and not found:
+        close = get_close_matches(only, [*known, *(k.split("/")[1] for k in known)], 1)
+        raise InputError("gears results", only, "is in the name of no result", f"did you mean {close[0]}?" if close else "`gears results` lists all")
+    if not found:
+        console.print(f"no results below {root or figures_root()}")
+    for part in (p for key, record in found.items() for p in result_view(key, record)) if only else [overview(found)] if found else []:
+        console.print(part, highlight=False)
     stale = [key for key, record in found.items() if is_stale(record)]
     if stale:
-        console.print(f"\n[yellow]{len(stale)} of {len(found)} are older than the notebook that made them: {', '.join(stale)}[/]")
+        console.print(f"\n[yellow]{len(stale)} of {len(found)} are older than the code that made them: {', '.join(stale)}[/]")
     return len(stale)
