@@ -32,7 +32,7 @@ class PatchConfig(Section):
     def _together(self) -> None:
         if self.size < 4 or self.landmarks >= self.size:
             raise InputError("config", "landmarks", f"is {self.landmarks}, with {self.size} cells per patch",
-                             f"keep landmarks below size, and size at 4 or more, for example {option('patches.size', max(128, 4 * self.landmarks))}")
+                             f"keep landmarks below size, and size at 4 or more, for example {option('patches.landmarks', self.size // 4) if self.size >= 4 else option('patches.size', 128)}")
 
 
 @dataclass(frozen=True, kw_only=True)
