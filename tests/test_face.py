@@ -81,7 +81,7 @@ def test_type_check_sees_the_public_names_and_bites(tmp_path):
 
 IMPORTED_AS = {"scikit-learn": "sklearn", "pot": "ot", "lightning-fabric": "lightning_fabric"}
 # started by name, or brought along so that another package can do something
-NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "ipywidgets": "tables of widgets in notebooks",
+NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "igraph": "Leiden clusters of scanpy",
                 "execnb": "nbdev breaks with newer ones", "ghapi": "nbdev breaks with newer ones", "setuptools": "setup.py", "ruff": "make lint",
                 "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs"}
 # parts of declared packages, or pulled in by them for certain
@@ -129,7 +129,7 @@ def test_every_package_is_needed_and_every_need_is_declared():
 
 def test_packages_the_project_builds_on_stay():
     names = {name for group in declared().values() for name in group}
-    assert {"jupyterlab", "nbdev", "torch", "scanpy", "anndata", "geomloss", "pot", "plotly", "papermill", "ipywidgets"} <= names
+    assert {"jupyterlab", "nbdev", "torch", "scanpy", "anndata", "geomloss", "pot", "plotly", "papermill", "anywidget", "igraph"} <= names
 
 
 def test_every_package_is_pinned():

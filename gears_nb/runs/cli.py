@@ -360,8 +360,8 @@ def _teller() -> Callable[..., None]:
     return say
 
 
-_EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
-           "view": ("anywidget", "voila", "ipywidgets", "traitlets", "jupyterlab"), "parquet": ("pyarrow",)}
+_EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "igraph", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
+           "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",)}
 
 
 class _Terminated(KeyboardInterrupt):
