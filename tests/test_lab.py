@@ -102,7 +102,7 @@ def test_a_damaged_row_is_computed_again(tmp_path, damage):
     assert json.loads(lost.read_text())["result"]
 
 
-@pytest.mark.parametrize(("result", "message"), [(None, "not NoneType"), (5, "not int"), ("ab", "not str"), ([1, 2], "not list"), ({"x": 3}, "returns x, which its labels hold"),
+@pytest.mark.parametrize(("result", "message"), [(None, "not NoneType"), (5, "not int"), ("ab", "not str"), ([1, 2], "not list"), ({"x": 3}, "returns x, other than its labels say"),
                                                  ([{"y": 1}, {"x": 3}], "returns x"), ({1: 2, "1": 3}, "two columns of the same name")])
 def test_what_is_no_row_is_a_named_failure(tmp_path, result, message):
     with pytest.raises(FailedRows, match=f"1 row failed: x 1: .*{message}"):

@@ -182,7 +182,7 @@ def lag_covariances(F: np.ndarray, xy: np.ndarray, lags: Sequence[int] = LAGS) -
         out.append(F.T @ (W @ F) / max(int(chosen.sum()), 1))
     return np.array([(M + M.T) / 2 for M in out])
 
-
+# %% ../../nbs/encoder/13_h4_infonce.ipynb #e13t0000
 def organisation(tables: Sequence[np.ndarray], coords: Sequence[np.ndarray], names: Sequence[str], *, pcs: int = 20, seed: int = 0) -> dict[str, Any]:
     "Correlograms of the tissue's patterns on each slide from tables (n_s, g) on one scale, and `oddness` per slide with its largest, `odd`."
     from scipy.linalg import eigh

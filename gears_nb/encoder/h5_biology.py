@@ -144,7 +144,7 @@ def amplitude(E: np.ndarray, first: np.ndarray, second: np.ndarray, blocks: np.n
     value = 0.5 * np.log(np.maximum(mab / n - ma * mb / n**2, 1e-4))
     return float(value[0]), float(value[1:].std())
 
-
+# %% ../../nbs/encoder/14_h5_biology.ipynb #e14t0000
 def gradients(stacked: Stacked, panels: Panels, *, seed: int = 0) -> dict[str, Any]:
     "Log amplitudes of `GRADIENTS` on each slide with their errors, the `effect` beyond error (log units) and `p`; NaN without a gradient."
     from scipy.stats import chi2

@@ -94,8 +94,8 @@ def _checked(row: Row, result: Any) -> Any:
     if (lines := _lines(result)) is None:
         raise TypeError(f"a row must return a mapping or a list of mappings, not {type(result).__name__}")
     for line in lines:
-        if clash := set(map(str, line)) & set(map(str, row.labels)):
-            raise ValueError(f"returns {', '.join(sorted(clash))}, which its labels hold")
+        if clash := [str(k) for k, v in row.labels.items() if k in line and plain(line[k]) != plain(v)]:
+            raise ValueError(f"returns {', '.join(clash)}, other than its labels say")
         if len(set(map(str, line))) < len(line):
             raise ValueError("returns two columns of the same name")
     return plain(result)
