@@ -5,6 +5,7 @@
 # %% ../../nbs/core/08_style.ipynb #aa7cdcfd
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['COLOURS', 'THEMES', 'contrast', 'css_variables', 'use_style', 'scalebar', 'save_figure']
+__all__ = ['COLOURS', 'THEMES', 'contrast', 'css_variables', 'use_style', 'scalebar', 'settings_figure', 'save_figure']
 
 # %% ../../nbs/core/08_style.ipynb #9cb421d9
 COLOURS: dict[str, str] = {
@@ -96,6 +97,22 @@ def scalebar(ax: Axes, length: float, label: str) -> None:
     y = y0 - 0.06 * (y1 - y0)
     ax.plot([x0, x0 + length], [y, y], color="black", lw=2, solid_capstyle="butt", clip_on=False)
     ax.annotate(label, (x0 + length / 2, y), xytext=(0, -3), textcoords="offset points", ha="center", va="top", annotation_clip=False)
+
+# %% ../../nbs/core/08_style.ipynb #9ba55703
+def settings_figure(rows: Mapping[str, Sequence[Any]]) -> Figure:
+    "Numeric rows of `core.config.table` (key -> smoke, toy, paper) as three marks a line on a logarithmic axis, 0 at its left end; rows of another kind are left out."
+    import matplotlib.pyplot as plt
+
+    drawn = {key: row for key, row in rows.items() if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in row)}
+    fig, ax = plt.subplots(figsize=(5.2, 0.2 * len(drawn) + 0.9))
+    for i, (name, mark) in enumerate(zip(("smoke", "toy", "paper"), "osD")):
+        ax.plot([row[i] for row in drawn.values()], list(drawn), mark, ms=4.5 + 1.5 * (2 - i), mfc="none" if i < 2 else None, color=list(COLOURS.values())[i], label=name)
+    ax.hlines(list(drawn), [min(row) for row in drawn.values()], [max(row) for row in drawn.values()], color="0.8", lw=0.8, zorder=0)
+    ax.set_xscale("symlog", linthresh=min((v for row in drawn.values() for v in row if v > 0), default=1.0))
+    ax.set(xlabel="value", xlim=(0 if any(0 in row for row in drawn.values()) else None, None))
+    ax.invert_yaxis()
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
 
 # %% ../../nbs/core/08_style.ipynb #ce057b21
 def save_figure(fig: Figure, path: str | Path, **options: Any) -> Path:
