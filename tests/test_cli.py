@@ -159,7 +159,7 @@ def test_bad_settings(more, words, files, capsys):
 @pytest.mark.parametrize("more, words", [
     (["runs/demo", "-p", "sed=1"], ["sed", "perhaps seed was meant"]), (["runs/demo", "-p", "seed=one"], ["seed", "int"]),
     (["runs/demo", "-p", "seed"], ["name=value"]), (["runs/demoo"], ["runs/demo"]), (["runs/demo", "--profile", "huge"], ["profile", "smoke"]),
-    (["runs/cli", "-p", "seed=1"], ["no parameters"]),
+    (["runs/cli", "-p", "seed=1"], ["no parameters"]), (["encoder/h1_qc", "-p", "seed=-1"], ["seed", "whole number from 0"]),
 ])
 def test_bad_notebook_parameter(more, words, tmp_path, capsys):
     refused(capsys, tmp_path, lambda: main(["run", *more]), *words)
@@ -262,6 +262,18 @@ def test_list_and_results(capsys):
     assert main(["list"]) == 0
     assert "The command line" in capsys.readouterr().out
     assert main(["results"]) == 0
+    lines = capsys.readouterr().out
+    assert "benchmark/first_light" in lines and lines.count("\n") < 200, "one line each"
+    assert main(["results", "first_light"]) == 0
+    assert "smoothed_knn20" in capsys.readouterr().out
+    assert main(["results", "first_lihgt"]) == 2
+    assert "did you mean first_light?" in capsys.readouterr().err
+
+
+def test_a_notebook_that_refuses_its_input_is_bad_input(tmp_path, capsys):
+    """The name of a data set is checked inside the notebook, in another process: code 2 nevertheless, 1 for all other failures."""
+    assert main(["run", "reconstruct/poison", "--profile", "smoke", "-p", "data=no_such_set", "-p", f"out={tmp_path}"]) == 2
+    assert "InputError" in (said := capsys.readouterr().err) and "no_such_set" in said and ".." not in said
 
 
 def test_help_is_light_and_fast():

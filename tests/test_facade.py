@@ -559,3 +559,8 @@ def test_average_neighbours_stays_close_when_neighbours_are_searched_in_lists():
     apart = np.linalg.norm(ours[rows] - exact, axis=1) / np.linalg.norm(exact, axis=1)
     assert np.median(apart) < 0.05 and apart.mean() < 0.1
     np.testing.assert_array_equal(ours, average_neighbours(X, k))
+
+
+def test_a_profile_name_is_no_settings():
+    with pytest.raises(InputError, match="config: is 'toy'. Remedy: pass the settings themselves"):
+        Gears("toy")

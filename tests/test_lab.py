@@ -381,6 +381,23 @@ def test_on_file_copes_with_old_and_absent_records(tmp_path, capsys):
     assert "undated" in provenance(old)
 
 
+def test_on_file_says_when_the_code_has_moved_on(tmp_path, monkeypatch):
+    shown: list[str] = []
+    monkeypatch.setattr("IPython.display.display", lambda thing: shown.append(getattr(thing, "data", "")))
+    opened = experiment(tmp_path)
+    opened.judge(check("it is two", "value", 2.0, "==", 2))
+    opened.write({"rows": []})
+    path = opened.folder / "results.json"
+    on_file("lab/experiment", root=tmp_path)
+    assert "Older than its code" not in shown[0] and "| it is two | yes | value == 2 | 2 |" in shown[-1]
+    record = json.loads(path.read_text())
+    record["notebook"]["modules"]["lab/judge"] = "0"
+    del record["rules"]
+    path.write_text(json.dumps(record))
+    on_file("lab/experiment", root=tmp_path)
+    assert "Older than its code** (lab/judge changed since): `gears run lab/experiment --profile toy` renews" in shown[-2] and "| it is two | yes |" in shown[-1].splitlines()
+
+
 def test_no_notebook_keeps_plumbing_of_its_own():
     """Row caches, judges and digests live in `lab`."""
     nbs, wrong = Path(__file__).resolve().parents[1] / "nbs", []

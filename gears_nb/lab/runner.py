@@ -59,11 +59,18 @@ def catalogue(root: Path | None = None) -> list[Notebook]:
     return [read_notebook(p, nbs) for p in paths]
 
 # %% ../../nbs/lab/09_runner.ipynb #2aa47ec8
+def _maker(name: str, books: Sequence[Notebook], root: Path) -> list[Notebook]:
+    "The notebook that made `figures/<name>/results.json`, if there is such a file and it says so: an experiment may be called otherwise than its notebook."
+    file = root / "figures" / name / "results.json"
+    made = (json.loads(file.read_text(encoding="utf-8")).get("notebook") or {}).get("path") if file.is_file() else None
+    return [b for b in books if made and b.path == root / made]
+
+
 def find(name: str, root: Path | None = None) -> Notebook:
-    """The notebook called `name` (short name, chapter/name, or path). Raises `InputError` with the nearest name when
-    there is none, and with the candidates when several chapters have one."""
+    """The notebook called `name` (short name, chapter/name, or path), or the one that made the result `figures/<name>`. Raises `InputError` with the
+    nearest name when there is none, and with the candidates when several chapters have one."""
     books = catalogue(root)
-    exact = [b for b in books if name in (b.key, b.path.as_posix()) or b.path == Path(name).resolve()]
+    exact = [b for b in books if name in (b.key, b.path.as_posix()) or b.path == Path(name).resolve()] or _maker(name, books, root or repo_root())
     hits = exact or [b for b in books if name in (b.name, b.path.stem, b.path.name)]
     if len(hits) == 1:
         return hits[0]
