@@ -132,6 +132,12 @@ def verdict_table(record: Mapping[str, Any]) -> str:
 SHOWN_BYTES = 300_000  # a larger figure is named, not shown: a notebook keeps what it shows
 
 
+def _notebook_key(record: Mapping[str, Any]) -> str:
+    "`chapter/name` of the notebook that made a record: an experiment may be called otherwise."
+    path = Path((record.get("notebook") or {}).get("path") or record["experiment"])
+    return f"{path.parent.name}/{path.stem.lstrip('0123456789_')}"
+
+
 def on_file(key: str, figure: str | None = None, table: Callable[[Mapping[str, Any]], Any] | None = None, root: Path | None = None) -> None:
     """Show the committed result of `chapter/name` in a notebook: provenance, figure, `table(metrics)`, verdicts.
 
@@ -144,7 +150,7 @@ def on_file(key: str, figure: str | None = None, table: Callable[[Mapping[str, A
         return
     record = read_record(folder / "results.json")
     stale = is_stale(record)
-    display(Markdown(f"**On file:** {provenance(record)}." + (f" **Older than its code** ({stale}): `gears run {key} --profile toy` renews it." if stale else "")))
+    display(Markdown(f"**On file:** {provenance(record)}." + (f" **Older than its code** ({stale}): `gears run {_notebook_key(record)} --profile toy` renews it." if stale else "")))
     pictures = [folder / figure] if figure else [*sorted(folder.glob("*.png")), *sorted(folder.glob("*.svg"))]
     for picture in [p for p in pictures if p.is_file() and p.stat().st_size < SHOWN_BYTES][:1]:
         display(Image(filename=str(picture)) if picture.suffix == ".png" else SVG(filename=str(picture)))
