@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.store import write_json
 from ..lab.results import figures_root, load_results
 
 # %% auto #0
 __all__ = ['NOTHING', 'Standing', 'standings', 'front_table', 'first_light_rows', 'losses', 'standing_table', 'wins_and_losses',
-           'first_light_table', 'front_layouts', 'draw_front', 'picture_folder', 'draw_again', 'main']
+           'first_light_table', 'draw_front', 'draw_again', 'main']
 
 # %% ../../nbs/runs/10_tables.ipynb #127e2232
 @dataclass(frozen=True)
@@ -105,33 +104,9 @@ def first_light_table() -> str:
     ranks = mean_rank(rows)
     return "\n\n".join([wins_and_losses(ranks), *(f"### {task}\n\n{table(rows, task)}" for task in ranks)])
 
-# %% ../../nbs/runs/10_tables.ipynb #f572ef1b
-def front_layouts(task: str = "her2st_A", seed: int = 0, profile: str = "toy") -> dict[str, Any]:
-    "Layouts of one task: the truth, ours and the plain method with the best Spearman; each `{name, spearman, X (n, 2)}`, None where no place."
-    import numpy as np
-
-    from gears_nb.benchmark.baselines import run_baselines
-    from gears_nb.benchmark.compare import score_row
-    from gears_nb.core.machine import plain
-    from gears_nb.data.registry import load_protocol
-    from gears_nb.reconstruct.facade import Gears
-    from gears_nb.reconstruct.settings import profile as settings
-    given = load_protocol(task, seed)
-    cells, truth = given.query.copy(), np.asarray(given.query.obsm["spatial"], dtype=float)[:, :2]
-    for key in list(cells.obsm):
-        del cells.obsm[key]
-    config = settings(profile, seed=seed, counts=given.counts, progress=False)
-    found = {"gears": Gears(config).fit(given.reference, cells).reconstruct(cells).obsm["X_gears"]}
-    found |= {name: run.X for name, run in run_baselines(given.reference, cells, seed).items()}
-    scores = {name: score_row(X, truth, method=name, protocol=given.protocol, dataset=task, seed=seed)["spearman"] for name, X in found.items()}
-    rival = max((name for name in found if name != "gears"), key=lambda name: scores[name])
-    drawn = [{"name": "truth", "spearman": None, "X": truth.round(4)}]
-    drawn += [{"name": name, "spearman": scores[name], "X": np.asarray(found[name], dtype=float).round(4)} for name in ("gears", rival)]
-    return plain({"task": task, "seed": seed, "profile": profile, "layouts": drawn})
-
 # %% ../../nbs/runs/10_tables.ipynb #b47bb596
 def draw_front(record: Mapping[str, Any]) -> Any:
-    "A row of panels from what `front_layouts` returns: the truth, then each layout turned onto it, coloured by true position."
+    "A row of panels from `front.json`: the truth, then each layout turned onto it, coloured by true position."
     import matplotlib.pyplot as plt
     import numpy as np
 
@@ -153,26 +128,20 @@ def draw_front(record: Mapping[str, Any]) -> Any:
     return fig
 
 # %% ../../nbs/runs/10_tables.ipynb #fd248bc3
-def picture_folder() -> Path:
-    "Where the front page's picture and its layouts lie."
-    return figures_root() / "benchmark" / "front"
-
-
 def draw_again() -> Path:
-    "Draw the picture from the layouts on file; returns its path."
+    "Draw the front page's picture from the layouts that first light left on file; returns its path."
     import matplotlib.pyplot as plt
 
     from gears_nb.core.style import save_figure
-    fig = draw_front(json.loads((picture_folder() / "layouts.json").read_text(encoding="utf-8")))
-    path = save_figure(fig, picture_folder() / "her2st_A.png", bbox_inches="tight")
+    folder = figures_root() / "benchmark"
+    fig = draw_front(json.loads((folder / "first_light" / "front.json").read_text(encoding="utf-8")))
+    path = save_figure(fig, folder / "front" / "her2st_A.png", bbox_inches="tight")
     plt.close(fig)
     return path
 
 
 def main() -> int:
-    "Compute the layouts of the picture, keep them and draw it. Exit code 0."
-    picture_folder().mkdir(parents=True, exist_ok=True)
-    write_json(picture_folder() / "layouts.json", front_layouts())
+    "Draw the picture of the front page. Exit code 0."
     print(draw_again())
     return 0
 
