@@ -103,17 +103,17 @@ def result_view(key: str, record: Mapping[str, Any]) -> list[RenderableType]:
     return [*view, table] if table.row_count else view
 
 # %% ../../nbs/runs/02_results.ipynb #8d6df3e0
-def overview(found: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """One line per result: name, date, profile, minutes, verdicts that hold, that fail and that are words or not decided, and why it is stale."""
+def overview(found: Mapping[str, Mapping[str, Any]], stale: Mapping[str, str | None]) -> RenderableType:
+    """One line per result: name, date, profile, minutes, verdicts that hold, that fail and that are words or not decided, and why it is `stale` (by name; None: current)."""
     from rich.table import Table
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, head in enumerate(["result", "date", "profile", "CPU min", "yes", "no", "other", "state"]):
         table.add_column(head, justify="right" if 2 < i < 7 else "left", no_wrap=i < 7)
     for key, record in found.items():
-        outcomes, stale = list(record["verdicts"].values()), is_stale(record)
+        outcomes, why = list(record["verdicts"].values()), stale[key]
         counts = [sum(o is True for o in outcomes), sum(o is False for o in outcomes)]
         table.add_row(key, record.get("date", ""), str(record["params"].get("profile", "")), f"{record['seconds'] / 60:.1f}", *map(str, counts),
-                      str(len(outcomes) - sum(counts)), f"[yellow]stale: {stale}[/]" if stale else "[green]current[/]")
+                      str(len(outcomes) - sum(counts)), f"[yellow]stale: {why}[/]" if why else "[green]current[/]")
     return table
 
 # %% ../../nbs/runs/02_results.ipynb #c050b676
@@ -124,14 +124,15 @@ def show_results(root: Path | None = None, only: str = "", console: Any = None) 
     console = console or wide_console()
     known = load_results(root)
     found = {k: r for k, r in known.items() if only in k}
+    stale = {key: is_stale(record) for key, record in found.items()}
     if only and not found:
         close = get_close_matches(only, [*known, *(k.split("/")[1] for k in known)], 1)
         raise InputError("gears results", only, "is in the name of no result", f"did you mean {close[0]}?" if close else "`gears results` lists all")
     if not found:
         console.print(f"no results below {root or figures_root()}")
-    for part in (p for key, record in found.items() for p in result_view(key, record)) if only else [overview(found)] if found else []:
+    for part in (p for key, record in found.items() for p in result_view(key, record)) if only else [overview(found, stale)] if found else []:
         console.print(part, highlight=False)
-    stale = [key for key, record in found.items() if is_stale(record)]
-    if stale:
-        console.print(f"\n[yellow]{len(stale)} of {len(found)} are older than the code that made them: {', '.join(stale)}[/]")
-    return len(stale)
+    old = [key for key, why in stale.items() if why]
+    if old:
+        console.print(f"\n[yellow]{len(old)} of {len(found)} are older than the code that made them: {', '.join(old)}[/]")
+    return len(old)
