@@ -21,7 +21,8 @@ __all__ = ['BUILT_IN', 'MODELS', 'add_model', 'addresses', 'model_class', 'model
 
 # %% ../../nbs/models/03_catalogue.ipynb #dc16fe5f
 _RUNGS = ("plain", "v1", "v2", "d2", "d7", "egnn", "topo")
-BUILT_IN: dict[str, str] = {**{name: f"gears_nb.structure.rungs:{name.upper()}" for name in _RUNGS}, "operator-vae": "gears_nb.generators.operator_vae:OperatorVAE"}
+BUILT_IN: dict[str, str] = {**{name: f"gears_nb.structure.rungs:{name.upper()}" for name in _RUNGS}, "operator-vae": "gears_nb.generators.operator_vae:OperatorVAE",
+                             "gears-v2": "gears_nb.generators.gears_v2:GearsV2"}
 "Name -> address of the models of this package."
 
 _given: dict[str, type[GeometryModel]] = {}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ from ..models.batches import Run
 from ..models.catalogue import model_class, model_code
 from ..models.contract import GeometryModel
 from ..models.fit import fit_ensemble
+from .atlas import Atlas, atlas_from, make_atlas
 from .depth import Evidence, measure_evidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
@@ -47,9 +49,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['FEWEST', 'FEW', 'MODEL_FORMAT', 'source_names', 'sections_of', 'Reference', 'clean_slides', 'slides_digest',
-           'prepare_reference', 'Fitted', 'train_all', 'keep_training', 'find_or_train', 'Query', 'match_query',
-           'write_result', 'describe_run', 'Gears', 'write_fitted', 'read_config', 'read_fitted']
+__all__ = ['TRAINED_BY', 'FEWEST', 'FEW', 'MODEL_FORMAT', 'source_names', 'sections_of', 'Reference', 'clean_slides',
+           'slides_digest', 'prepare_reference', 'Fitted', 'train_all', 'keep_training', 'find_or_train', 'Query',
+           'match_query', 'write_result', 'describe_run', 'Gears', 'write_fitted', 'read_config', 'read_fitted']
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #09440e3e
 def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
@@ -146,14 +148,16 @@ class Fitted:
     models: list[GeometryModel]
     cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, for the adapter
     evidence: Evidence  # how much a number of counts tells
+    atlas: Atlas  # features and places of the reference's spots
     origin: dict[str, str]  # digests of the training settings and of the slides
     report: dict[str, Any] = field(default_factory=dict)  # gene matching, validation, warnings
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seconds: float = 0.0  # CPU time of the training
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #3bd9f9bb
 def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> Fitted:
     "Fit embedding and structure models; resumes from `checkpoints`."
-    show = config.structure.train.progress
+    show, start = config.structure.train.progress, time.process_time()
     coords = [np.asarray(s.obsm["spatial"], dtype=np.float64) for s in reference.slides]
     origin = {"settings": training_digest(config), "slides": reference.origin}
     tag = content_digest(origin, *reference.slides)
@@ -165,8 +169,9 @@ def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> F
     cloud = cloud[np_rng(config.seed, "facade", "cloud").permutation(len(cloud))[:2000]]
     with working("how many counts are evidence", show):
         evidence = measure_evidence(embedding.embed, reference.slides, seed=config.seed) if config.counts else Evidence()
+        atlas = make_atlas(embedding.preprocessor, reference.slides, H, seed=config.seed)
     history = {name: h.rows for name, h in {"encoder": learned, **histories}.items() if h.rows}
-    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, evidence, origin, history=history)
+    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, evidence, atlas, origin, history=history, seconds=time.process_time() - start)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #092ab511
 _KEPT: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
@@ -183,9 +188,14 @@ def keep_training() -> Iterator[None]:
             _KEPT.reset(token)
 
 
+TRAINED_BY = ("encoder/embedding", "models/fit", "reconstruct/atlas", "reconstruct/depth")
+"Modules that shape what `train_all` learns; a model in the cache is found again as long as they are the same."
+
+
 def find_or_train(reference: Reference, config: GearsConfig) -> Fitted:
     "What `train_all` gives, found in the cache if another run made it or an earlier one was interrupted after training."
-    name = content_digest(training_digest(config), code_digest("reconstruct/facade"), model_code(config.structure.model.name), *reference.match.genes, *reference.slides)[:16]
+    code = MODEL_FORMAT, code_digest(*TRAINED_BY), model_code(config.structure.model.name)
+    name = content_digest(training_digest(config), code, *reference.match.genes, *reference.slides)[:16]
     root, show = cache_root() / "fits", config.structure.train.progress
     sweep(root)
     with ExitStack() as own:
@@ -495,17 +505,18 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 4  # 3 named the model without its settings
+MODEL_FORMAT = 5  # 4 had no atlas
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:
     "Write everything learned, and the settings, into `folder`."
     tensors, record = fitted.embedding.state()
-    parts = {f"embedding/{k}": v for k, v in tensors.items()} | {"cloud": torch.from_numpy(fitted.cloud)}
+    parts = {f"embedding/{k}": v for k, v in tensors.items()} | {f"atlas/{k}": torch.from_numpy(v) for k, v in fitted.atlas.state().items()} | {"cloud": torch.from_numpy(fitted.cloud)}
     for i, m in enumerate(fitted.models):
         parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
     about = {"config": to_dict(config), "genes": list(fitted.genes), "vocabulary": fitted.vocabulary, "embedding": record, "models": len(fitted.models),
-             "evidence": asdict(fitted.evidence), "origin": fitted.origin, "report": fitted.report, "history": fitted.history, "format": MODEL_FORMAT}
+             "evidence": asdict(fitted.evidence), "origin": fitted.origin, "report": fitted.report, "history": fitted.history, "seconds": fitted.seconds,
+             "format": MODEL_FORMAT}
     Store(folder).save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
     return folder
 
@@ -552,6 +563,8 @@ def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
             m.load_state_dict(under(f"model{i}"))
             m.eval()
         evidence = Evidence(**{k: tuple(v) for k, v in about["evidence"].items()})
-        return Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), evidence, dict(about["origin"]), about["report"], about["history"])
+        atlas = atlas_from({k: v.numpy() for k, v in under("atlas").items()})
+        return Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), evidence, atlas, dict(about["origin"]), about["report"],
+                      about["history"], about["seconds"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else _as_saved(folder, error) from error
