@@ -61,16 +61,26 @@ class Candidates:
         return np.mean([set_distances(places, pairs, spread) for places, spread in zip(self.places, self.spread)], axis=0)
 
 
-def find_candidates(query: np.ndarray, sections: Sequence[np.ndarray], coords: Sequence[np.ndarray], k: int = CANDIDATES) -> Candidates:
+def _most_similar(query: np.ndarray, features: np.ndarray, k: int, itself: bool) -> np.ndarray:
+    "Rows (n, k) of `features` by cosine, the most similar first; with `itself`, row i of the query is row i of `features` and no candidate of its own."
+    index = knn_between(query, features, k + itself, metric="cosine")[1]
+    if not itself or index.shape[1] < 2:
+        return index
+    own = index == np.arange(len(query))[:, None]
+    own[~own.any(1), -1] = True  # not among the nearest: one too many was asked for
+    return index[~own].reshape(len(query), -1)
+
+
+def find_candidates(query: np.ndarray, sections: Sequence[np.ndarray], coords: Sequence[np.ndarray], k: int = CANDIDATES, *, itself: bool = False) -> Candidates:
     """The `k` (or as many as there are) most similar spots by cosine in every section, for each row of `query` (n, d).
 
-    sections: features (m_s, d) of the reference; coords: their positions (m_s, 2) in any frame and unit. Raises `InputError` for no section, or tables that do not
-    belong together."""
+    sections: features (m_s, d) of the reference; coords: their positions (m_s, 2) in any frame and unit. `itself`: the rows of the query are those of the only section,
+    and a spot is no candidate of its own. Raises `InputError` for no section, or tables that do not belong together."""
     if not sections or len(sections) != len(coords):
         raise InputError("find_candidates", "sections", f"{len(sections)} tables and {len(coords)} sets of positions", "give each section its features and its positions")
     for i, (features, places) in enumerate(zip(sections, coords), 1):
         if len(features) != len(places):
             raise InputError("find_candidates", f"section {i}", f"{len(features)} rows and {len(places)} positions", "give one position per row")
-    index = [knn_between(query, features, k, metric="cosine")[1] for features in sections]
+    index = [_most_similar(query, features, k, itself) for features in sections]
     places = tuple(gauge_fix(rescaled(np.asarray(c, np.float64)[:, :2])).astype(np.float32)[i] for c, i in zip(coords, index))
     return Candidates(places, np.stack([own_spread(p) for p in places]))

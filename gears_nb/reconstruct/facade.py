@@ -41,8 +41,10 @@ from ..models.contract import GeometryModel
 from ..models.fit import fit_ensemble
 from .atlas import Atlas, atlas_from, make_atlas
 from .depth import Evidence, measure_evidence
+from .fusion import LOST, SOURCES, Fusion
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
+from .rehearsal import Rehearsal, rehearsal_from, rehearse
 from .settings import GearsConfig, profile, training_digest
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TRAINED_BY', 'FEWEST', 'FEW', 'MODEL_FORMAT', 'source_names', 'sections_of', 'Reference', 'clean_slides',
-           'slides_digest', 'prepare_reference', 'Fitted', 'train_all', 'keep_training', 'find_or_train', 'Query',
-           'match_query', 'write_result', 'describe_run', 'Gears', 'write_fitted', 'read_config', 'read_fitted']
+           'slides_digest', 'prepare_reference', 'Fitted', 'rehearse_all', 'train_all', 'keep_training',
+           'find_or_train', 'Query', 'match_query', 'write_result', 'describe_run', 'Gears', 'write_fitted',
+           'read_config', 'read_fitted']
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #09440e3e
 def source_names(slides: Sequence[AnnData], prefix: str = "slide") -> list[str]:
@@ -149,12 +152,21 @@ class Fitted:
     cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, for the adapter
     evidence: Evidence  # how much a number of counts tells
     atlas: Atlas  # features and places of the reference's spots
+    rehearsal: Rehearsal  # how far each source of evidence can be trusted
     origin: dict[str, str]  # digests of the training settings and of the slides
     report: dict[str, Any] = field(default_factory=dict)  # gene matching, validation, warnings
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: float = 0.0  # CPU time of the training
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #3bd9f9bb
+def rehearse_all(embedding: Embedding, slides: Sequence[AnnData], atlas: Atlas, models: Sequence[GeometryModel], config: GearsConfig) -> Rehearsal:
+    "The rehearsal of what was learned from `slides`."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GearsWarning)  # about slides that were spoiled on purpose
+        components = lambda table: atlas.components(embedding.preprocessor, table)
+        return rehearse(embedding.embed, components, slides, atlas, models, counts=config.counts, seed=config.seed)
+
+
 def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> Fitted:
     "Fit embedding and structure models; resumes from `checkpoints`."
     show, start = config.structure.train.progress, time.process_time()
@@ -170,8 +182,11 @@ def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> F
     with working("how many counts are evidence", show):
         evidence = measure_evidence(embedding.embed, reference.slides, seed=config.seed) if config.counts else Evidence()
         atlas = make_atlas(embedding.preprocessor, reference.slides, H, seed=config.seed)
+    with working("rehearsal on the slides", show):
+        rehearsal = rehearse_all(embedding, reference.slides, atlas, models, config)
     history = {name: h.rows for name, h in {"encoder": learned, **histories}.items() if h.rows}
-    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, evidence, atlas, origin, history=history, seconds=time.process_time() - start)
+    return Fitted(reference.match.genes, reference.match.kind, embedding, models, cloud, evidence, atlas, rehearsal, origin, history=history,
+                  seconds=time.process_time() - start)
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #092ab511
 _KEPT: ContextVar[ExitStack | None] = ContextVar("kept", default=None)
@@ -188,7 +203,7 @@ def keep_training() -> Iterator[None]:
             _KEPT.reset(token)
 
 
-TRAINED_BY = ("encoder/embedding", "models/fit", "reconstruct/atlas", "reconstruct/depth")
+TRAINED_BY = ("encoder/embedding", "models/fit", "reconstruct/depth", "reconstruct/rehearsal")
 "Modules that shape what `train_all` learns; a model in the cache is found again as long as they are the same."
 
 
@@ -261,14 +276,17 @@ def _spread(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
 
 
 def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstruction]], H: np.ndarray, query: Query, about: dict[str, Any]) -> AnnData:
-    """A copy of `adata` with obsm['X_gears'] (n, 2), obsm['H_gears'], obsp['gears_distances'], obs['gears_confidence'], obs['gears_note'], uns['gears'].
+    """A copy of `adata` with obsm['X_gears'] (n, 2), obsm['H_gears'], obsp['gears_distances'], obs['gears_confidence'], obs['gears_error'], obs['gears_note'], uns['gears'].
 
     `parts`: by section the rows (of the kept ones) and their map; several sections add obs['gears_section']. `H` (kept, d).
     """
     out, n, kept = adata.copy(), adata.n_obs, np.flatnonzero(query.kept)
-    out.obs = out.obs.drop(columns="gears_section", errors="ignore")  # of an earlier reconstruction
+    out.obs = out.obs.drop(columns=["gears_section", "gears_error"], errors="ignore")  # of an earlier reconstruction
     rows = np.concatenate([kept[r] for r, _ in parts.values()])
     sure = np.concatenate([result.confidence * query.evidence[r] for r, result in parts.values()])
+    if all(result.error is not None for _, result in parts.values()):
+        off = np.concatenate([result.error * query.evidence[r] + LOST * (1 - query.evidence[r]) for r, result in parts.values()])
+        out.obs["gears_error"], sure = _spread(off.astype(np.float64), rows, n), np.exp(-off)
     out.obsm["X_gears"] = _spread(np.concatenate([result.X for _, result in parts.values()]).astype(np.float64), rows, n)
     out.obsm["H_gears"] = _spread(H, kept, n)
     out.obs["gears_confidence"] = _spread(sure.astype(np.float64), rows, n)
@@ -288,6 +306,7 @@ def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstru
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #25e01837
 _GRAPH = ("cells", "islands", "reattached", "bridges")
+_FUSION = ("fusion",)
 _SOLVE = ("start_stress", "stress", "residuals", "converged", "reason", "iterations")
 
 
@@ -302,7 +321,8 @@ def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[
     story = {"config": to_dict(config), "model": fitted.origin, "gene_matching": fitted.report.get("gene_matching", {}),
              "evidence": fitted.evidence.to_dict(),
              "graph": _by_section(parts, lambda d: {k: d[k] for k in _GRAPH}),
-             "stitching": _by_section(parts, lambda d: {k: v for k, v in d.items() if k not in (*_GRAPH, *_SOLVE)}),
+             "stitching": _by_section(parts, lambda d: {k: v for k, v in d.items() if k not in (*_GRAPH, *_SOLVE, *_FUSION)}),
+             "fusion": _by_section(parts, lambda d: d.get("fusion", {})),
              "solve": _by_section(parts, lambda d: {k: d[k] for k in _SOLVE}),
              "dropped": query.report.to_dict() | {"not_placed": {str(r): int(k) for r, k in zip(*np.unique(query.notes[~query.kept].astype(str), return_counts=True))}},
              "warnings": list(dict.fromkeys([*fitted.report.get("warnings", []), *said]))}
@@ -365,8 +385,8 @@ class Gears(_Learned):
     def reconstruct(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
         """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection), every section of `slide_key` (as in `fit`) on its own.
 
-        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_confidence']` in (0, 1], `obs['gears_note']` (why a
-        cell has no position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could
+        Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_error']` (expected mean error of a cell's distances,
+        same units) and `obs['gears_confidence']`, exp(-error), in (0, 1], `obs['gears_note']` (why a cell has no position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could
         not be written to a file is left out of the copy, aloud. Raises `InputError` for unusable input.
         """
         return _reconstruct(self, adata, slide_key)
@@ -462,13 +482,25 @@ def _embedded(gears: Gears, query: Query, labels: np.ndarray) -> np.ndarray:
         return out
 
 
-def _maps(gears: Gears, H: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, Reconstruction]]:
+def _beside(gears: Gears, table: AnnData, H: np.ndarray) -> tuple[Fusion | None, float]:
+    "Evidence beside the model's about one section, and the section's shift; None where the settings want the model alone."
+    fitted = gears.fitted
+    if not gears.config.solve.fusion:
+        return None, float("nan")
+    with working(f"looking {len(H)} cells up in the reference", gears.config.structure.train.progress):
+        return fitted.rehearsal.fusion(H, fitted.atlas.components(fitted.embedding.preprocessor, table), fitted.atlas)
+
+
+def _maps(gears: Gears, query: Query, H: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, Reconstruction]]:
     "By section: rows (of the kept ones) and their map. Sections of fewer than `FEWEST` cells have none, which is said."
     parts, config = {}, gears.config
     for name in dict.fromkeys(labels.astype(str)):
         rows = np.flatnonzero(labels.astype(str) == name)
         if len(rows) >= FEWEST:
-            result = lay_out(gears.fitted.models, H[rows], config.patches, config.solve, seed=config.seed, progress=config.structure.train.progress)
+            beside, shift = _beside(gears, query.table[rows].copy(), H[rows])
+            result = lay_out(gears.fitted.models, H[rows], config.patches, config.solve, seed=config.seed, progress=config.structure.train.progress, beside=beside)
+            if beside is not None:
+                result.diagnostics["fusion"] = {"shift": shift, "weights": dict(zip(SOURCES, map(float, beside.weights)))}
             parts[name] = rows, result
         else:
             warnings.warn(f"cells: section {name} has {len(rows)} cells, a map needs {FEWEST}: no positions", GearsWarning, stacklevel=3)
@@ -501,11 +533,11 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
         query, labels = _ready(gears, adata, slide_key)
         table = _writable(adata)
         H = _embedded(gears, query, labels)
-        parts = _maps(gears, H, labels)
+        parts = _maps(gears, query, H, labels)
     return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 5  # 4 had no atlas
+MODEL_FORMAT = 5  # 4 had no atlas and no rehearsal
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:
@@ -515,7 +547,7 @@ def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:
     for i, m in enumerate(fitted.models):
         parts |= {f"model{i}/{k}": v for k, v in m.state_dict().items()}
     about = {"config": to_dict(config), "genes": list(fitted.genes), "vocabulary": fitted.vocabulary, "embedding": record, "models": len(fitted.models),
-             "evidence": asdict(fitted.evidence), "origin": fitted.origin, "report": fitted.report, "history": fitted.history, "seconds": fitted.seconds,
+             "evidence": asdict(fitted.evidence), "rehearsal": fitted.rehearsal.to_dict(), "origin": fitted.origin, "report": fitted.report, "history": fitted.history, "seconds": fitted.seconds,
              "format": MODEL_FORMAT}
     Store(folder).save("gears", {k: v.contiguous() for k, v in parts.items()}, about)
     return folder
@@ -564,7 +596,7 @@ def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
             m.eval()
         evidence = Evidence(**{k: tuple(v) for k, v in about["evidence"].items()})
         atlas = atlas_from({k: v.numpy() for k, v in under("atlas").items()})
-        return Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), evidence, atlas, dict(about["origin"]), about["report"],
-                      about["history"], about["seconds"])
+        return Fitted(tuple(about["genes"]), about["vocabulary"], embedding, models, parts["cloud"].numpy(), evidence, atlas, rehearsal_from(about["rehearsal"]),
+                      dict(about["origin"]), about["report"], about["history"], about["seconds"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else _as_saved(folder, error) from error

@@ -23,6 +23,7 @@ from ..core.seeding import torch_rng
 from ..geometry.distances import Solution, solve_distances, start_layout
 from ..geometry.gauge import canonical, gauge_fix, rms
 from .even import even_out
+from .fusion import Fusion
 from .patches import CellGraph, Patches, build_graph, sample_patches
 from .settings import PatchConfig, SolveConfig
 from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
@@ -113,12 +114,14 @@ class Reconstruction:
 
     X: (N, 2) coordinates, unit-RMS gauge, principal axes. graph: (N, N) sparse symmetric stitched distances in the same units.
     confidence: (N,) in (0, 1]. diagnostics: counts, residuals, convergence reason, memory estimate, seconds per stage; JSON types only.
+    error: (N,) expected mean error of a cell's distances, in the same units, if there was evidence beside the model's.
     """
 
     X: np.ndarray
     graph: sp.csr_matrix
     confidence: np.ndarray
     diagnostics: dict[str, Any] = field(repr=False)
+    error: np.ndarray | None = None
 
 
 class _Clock:
@@ -189,11 +192,12 @@ def _start_landmarks(patches: Patches, limit: int) -> np.ndarray:
 
 
 def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, patches: PatchConfig, solve: SolveConfig, seed: int = 0,
-                progress: bool = False, *, subtract: float = SUBTRACT) -> Reconstruction:
+                progress: bool = False, *, subtract: float = SUBTRACT, beside: Fusion | None = None) -> Reconstruction:
     """Lay out N cells from embeddings `H` (N, d) by a geometry model, or by an ensemble of them.
 
     Ensemble members are averaged as distances within each patch; their disagreement lowers the confidence. `subtract` is passed
-    to `stitch`. The result does not depend on the order of cells. Warns (`GearsWarning`) about islands and about memory; raises `InputError` for unusable input.
+    to `stitch`. `beside`: other evidence about the same cells, which is added to the model's; confidences are then exp(-expected error).
+    The result does not depend on the order of cells. Warns (`GearsWarning`) about islands and about memory; raises `InputError` for unusable input.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
     H, clock = _checked_embedding(H, models), _Clock()
@@ -212,6 +216,8 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     with working("stitching the patches", progress, expected=SECONDS["stitch"] * len(H)):
         stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
         clock("stitch")
+        stitched, error = (stitched, None) if beside is None else beside.take(order).fuse(stitched)
+        clock("fusion")
     with working("solving one map", progress, expected=SECONDS["solve"] * len(H)):
         short = stitched.distance.astype(np.float32)  # a start needs no more digits, and half the memory
         start = start_layout(len(H), stitched.pairs, short, _start_landmarks(cover, solve.landmarks), how="lateration")
@@ -220,7 +226,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
                                    iterations=solve.iterations, huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
         clock("solve")
     about = {**_describe(graph, cover, stitched, solution, rows), "memory_estimate": need, "seconds": clock.seconds}
-    return _finish(stitched, solution, order, about, solve.even)
+    return _finish(stitched, solution, order, about, solve.even, error)
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #8316dd7e
 def _stitched(geometry: PatchGeometry, cover: Patches, graph: CellGraph, H: np.ndarray, seed: int,
@@ -231,14 +237,15 @@ def _stitched(geometry: PatchGeometry, cover: Patches, graph: CellGraph, H: np.n
     return stitch(table, len(H), subtract=subtract), len(table.edge)
 
 
-def _finish(stitched: Stitched, solution: Solution, order: np.ndarray, about: dict[str, Any], even: float) -> Reconstruction:
+def _finish(stitched: Stitched, solution: Solution, order: np.ndarray, about: dict[str, Any], even: float,
+            error: np.ndarray | None) -> Reconstruction:
     "Evened out, in unit-RMS gauge and back in the caller's order. Confidence is about the solve, before the flow."
     unit = float(rms(solution.X - solution.X.mean(0)))
     stitched = replace(stitched, distance=stitched.distance / unit, variance=stitched.variance / unit**2)
     X = canonical(solution.X)
-    sure = cell_confidence(X, stitched)
+    sure = cell_confidence(X, stitched) if error is None else np.exp(-error)
     place, out, confidence = stitched.csr(len(X)).tocoo(), np.empty_like(X), np.empty_like(sure)
     out[order], confidence[order] = even_out(X, even), sure
     graph = sp.csr_matrix((place.data, (order[place.row], order[place.col])), place.shape)
     graph.sort_indices()
-    return Reconstruction(out, graph, confidence, about)
+    return Reconstruction(out, graph, confidence, about, None if error is None else -np.log(confidence))

@@ -44,6 +44,7 @@ class SolveConfig(Section):
     huber_delta: Positive = 0.1  # residual where the penalty turns linear, in units of the median edge
     anchor_weight: Weight = 1e-3  # pull towards the starting layout
     even: Weight = 1.0  # strength of the flow towards even density after the solve; 0: none
+    fusion: bool = True  # look cells up in the reference as well, and add that evidence to the model's
 
 # %% ../../nbs/reconstruct/00_settings.ipynb #d2044e99
 @dataclass(frozen=True, kw_only=True)
