@@ -41,7 +41,7 @@ from ..models.contract import GeometryModel
 from ..models.fit import fit_ensemble
 from .atlas import Atlas, atlas_from, make_atlas
 from .depth import Evidence, measure_evidence
-from .fusion import LOST, SOURCES, Fusion
+from .fusion import LOST, SOURCES, Fusion, confidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
 from .rehearsal import Rehearsal, rehearsal_from, rehearse
@@ -286,7 +286,7 @@ def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstru
     sure = np.concatenate([result.confidence * query.evidence[r] for r, result in parts.values()])
     if all(result.error is not None for _, result in parts.values()):
         off = np.concatenate([result.error * query.evidence[r] + LOST * (1 - query.evidence[r]) for r, result in parts.values()])
-        out.obs["gears_error"], sure = _spread(off.astype(np.float64), rows, n), np.exp(-off)
+        out.obs["gears_error"], sure = _spread(off.astype(np.float64), rows, n), confidence(off)
     out.obsm["X_gears"] = _spread(np.concatenate([result.X for _, result in parts.values()]).astype(np.float64), rows, n)
     out.obsm["H_gears"] = _spread(H, kept, n)
     out.obs["gears_confidence"] = _spread(sure.astype(np.float64), rows, n)
@@ -386,7 +386,7 @@ class Gears(_Learned):
         """A copy of `adata` with coordinates in unit-RMS gauge (free rotation and reflection), every section of `slide_key` (as in `fit`) on its own.
 
         Adds `obsm['X_gears']` `(n, 2)`, `obsm['H_gears']`, `obsp['gears_distances']` (sparse, same units), `obs['gears_error']` (expected mean error of a cell's distances,
-        same units) and `obs['gears_confidence']`, exp(-error), in (0, 1], `obs['gears_note']` (why a cell has no position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could
+        same units) and `obs['gears_confidence']` (the share of a random placement's error that is avoided), `obs['gears_note']` (why a cell has no position), `obs['gears_section']` where there are several, and `uns['gears']` (settings, gene matching, graph, stitching, solve, warnings). What could
         not be written to a file is left out of the copy, aloud. Raises `InputError` for unusable input.
         """
         return _reconstruct(self, adata, slide_key)

@@ -19,7 +19,8 @@ from .stitch import Stitched
 
 # %% auto #0
 __all__ = ['ALIKE', 'SHARE', 'ANCHORS', 'CHUNK', 'SOURCES', 'DOUBTS', 'LOST', 'SMOOTH', 'LOOKED_AT', 'NEAREST', 'averaged',
-           'regress', 'LookUp', 'look_up', 'reach', 'own_reach', 'in_one_unit', 'per_cell', 'doubts', 'Fusion']
+           'regress', 'confidence', 'LookUp', 'look_up', 'reach', 'own_reach', 'in_one_unit', 'per_cell', 'doubts',
+           'Fusion']
 
 # %% ../../nbs/reconstruct/13_fusion.ipynb #c82728e8
 ALIKE, SHARE = 60, 25  # most cells that are averaged, and the share of a source that they may be
@@ -55,6 +56,11 @@ SOURCES = ("model", "learned", "shared", "plain", "smooth", "regression")
 DOUBTS = ("learned", "shared", "plain", "smooth", "dissent")
 LOST = 0.66  # mean error of the distances of a cell that is placed at random in a disc, in RMS radii
 SMOOTH = 40  # candidates among averaged plain profiles, which are all alike
+
+
+def confidence(error: np.ndarray) -> np.ndarray:
+    "Share of a random placement's error that a cell with an expected `error` (n,) avoids, in [0.01, 1]."
+    return np.clip(1 - error / LOST, 0.01, 1)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..core.seeding import torch_rng
 from ..geometry.distances import Solution, solve_distances, start_layout
 from ..geometry.gauge import canonical, gauge_fix, rms
 from .even import even_out
-from .fusion import Fusion
+from .fusion import Fusion, confidence
 from .patches import CellGraph, Patches, build_graph, sample_patches
 from .settings import PatchConfig, SolveConfig
 from .stitch import SUBTRACT, PatchGeometry, Stitched, edge_pattern, observe, stitch
@@ -196,7 +196,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     """Lay out N cells from embeddings `H` (N, d) by a geometry model, or by an ensemble of them.
 
     Ensemble members are averaged as distances within each patch; their disagreement lowers the confidence. `subtract` is passed
-    to `stitch`. `beside`: other evidence about the same cells, which is added to the model's; confidences are then exp(-expected error).
+    to `stitch`. `beside`: other evidence about the same cells, which is added to the model's; confidences are then those of `fusion.confidence`.
     The result does not depend on the order of cells. Warns (`GearsWarning`) about islands and about memory; raises `InputError` for unusable input.
     """
     models = list(model) if isinstance(model, Sequence) else [model]
@@ -243,9 +243,8 @@ def _finish(stitched: Stitched, solution: Solution, order: np.ndarray, about: di
     unit = float(rms(solution.X - solution.X.mean(0)))
     stitched = replace(stitched, distance=stitched.distance / unit, variance=stitched.variance / unit**2)
     X = canonical(solution.X)
-    sure = cell_confidence(X, stitched) if error is None else np.exp(-error)
-    place, out, confidence = stitched.csr(len(X)).tocoo(), np.empty_like(X), np.empty_like(sure)
-    out[order], confidence[order] = even_out(X, even), sure
+    sure = cell_confidence(X, stitched) if error is None else confidence(error)
+    place, back = stitched.csr(len(X)).tocoo(), np.argsort(order)
     graph = sp.csr_matrix((place.data, (order[place.row], order[place.col])), place.shape)
     graph.sort_indices()
-    return Reconstruction(out, graph, confidence, about, None if error is None else -np.log(confidence))
+    return Reconstruction(even_out(X, even)[back], graph, sure[back], about, None if error is None else error[back])
