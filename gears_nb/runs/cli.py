@@ -46,6 +46,8 @@ _EXAMPLES = """examples
   gears evaluate R.h5ad truth.h5ad                        ten scores against known positions
   gears diagnose --slides A.h5ad B.h5ad --report D.html   what is wrong with these slides, and what to do
   gears readiness --slides A.h5ad B.h5ad C.h5ad --report R.html   does the structure model hold on a slide that it has not seen?
+  gears benchmark --slides A.h5ad B.h5ad --cells Q.h5ad --out table.csv   which method places Q, whose places are known, best?
+  gears peers install tangram                             a published tool, to stand in that table
   gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
@@ -165,6 +167,24 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="set a parameter; may be repeated")
     add("--live", action="store_true", help="show the notebook's output while it runs")
 
+# %% ../../nbs/runs/05_cli.ipynb #bmargs01
+def _benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears benchmark` takes."""
+    add = parser.add_argument
+    add("--slides", nargs="+", required=True, metavar="SLIDE", help="slides with positions, to learn from; one file may hold several sections")
+    add("--cells", required=True, metavar="CELLS", help="cells with true positions in obsm['spatial']; no method sees them")
+    add("--methods", metavar="A,B,...", help="gears, h_knn20, a plain method (knn5, smoothed_knn20, ...) or a published tool (gears peers list); default: those that need nothing")
+    add("--out", required=True, metavar="OUT.csv|OUT.json", help="the table: a row per method with all scores, CPU seconds and memory, or why it has none")
+    add("--report", metavar="OUT.html", help="also write the table as a self-contained page")
+    add("--timeout", type=float, default=3600.0, metavar="SECONDS", help="end a published tool after this time (default 3600)")
+    _table_arguments(add), _learning_arguments(add)
+
+
+def _peers_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears peers` takes."""
+    parser.add_argument("what", choices=("list", "install"), help="list: which tools there are and whether they are installed; install: bring one")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the tool to install")
+
 # %% ../../nbs/runs/05_cli.ipynb #6f61a534
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `gears` with all commands."""
@@ -192,6 +212,9 @@ def build_parser() -> argparse.ArgumentParser:
                             "example\n  gears diagnose --slides st1.h5ad st2.h5ad --cells sc.h5ad --report diagnosis.html"))
     _readiness_arguments(add("readiness", "train on all slides but one, test on that one: the go/no-go table of the structure model",
                              "example\n  gears readiness --slides st1.h5ad st2.h5ad st3.h5ad --report readiness.html"))
+    _benchmark_arguments(add("benchmark", "which method places cells of this tissue best? ours, plain ones, published tools; true positions are hidden",
+                             "example\n  gears benchmark --slides st1.h5ad st2.h5ad --cells st3.h5ad --methods gears,knn5,smoothed_knn20,tangram --out table.csv"))
+    _peers_arguments(add("peers", "published tools for `gears benchmark`, each in an environment of its own", "examples\n  gears peers list\n  gears peers install moscot"))
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
@@ -266,6 +289,59 @@ def _readiness(args: argparse.Namespace) -> int:
     found = readiness_files(args.slides, args.cells, args.report, seed=args.seed, seeds=args.seeds, profile=args.profile, model=args.model,
                             overrides=parse_overrides(args.overrides), jobs=args.jobs, progress=not args.quiet, **_tables(args))
     return _told(found, args)
+
+# %% ../../nbs/runs/05_cli.ipynb #bmcmd001
+def _table_suffix(path: str) -> str:
+    return ".json" if path.lower().endswith(".json") else ".csv"
+
+
+def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read, hide, run: the rows of `gears benchmark`."""
+    from pathlib import Path
+
+    from gears_nb.benchmark.own import DEFAULT, Contest, blind, method_names, run_contest, true_places
+    from gears_nb.reconstruct.facade import keep_training
+    from gears_nb.runs.files import check_apart, check_cache, check_exists, check_output, make_config, named_after, read_inputs
+    methods = method_names(DEFAULT if args.methods is None else args.methods.split(","))
+    inputs = [*args.slides, args.cells]
+    check_exists(args.slides, "--slides"), check_exists([args.cells], "--cells")
+    check_cache(), check_output(args.out, "--out", _table_suffix(args.out), inputs)
+    if args.report is not None:
+        check_output(args.report, "--report", ".html", inputs)
+    check_apart(args.out, args.report)
+    config = make_config(args.profile or "toy", args.seed or 0, args.min_genes, args.overrides, not args.quiet)
+    with named_after({"cells": args.cells, "query": args.cells}), keep_training():
+        read = read_inputs(args.slides, args.cells, config, **_tables(args))
+        truth = true_places(read.cells, str(args.cells), plane=args.plane, slide_key=read.slide_key)
+        contest = Contest(read.slides, blind(read.cells), truth, config, Path(args.cells).stem, args.timeout)
+        return run_contest(contest, methods, not args.quiet)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gears_nb.benchmark.own import report_page, text_table, write_rows
+    from gears_nb.core.store import atomic_path
+    rows = _contest(args)
+    print(text_table(rows))
+    print(f"table: {write_rows(rows, args.out)}" + (f", report: {args.report}" if args.report else ""))
+    if args.report:
+        about = f"{len(args.slides)} reference files, {Path(args.cells).name}, profile {args.profile or 'toy'}, seed {args.seed or 0}"
+        with atomic_path(args.report) as tmp:
+            tmp.write_text(report_page(rows, f"Methods on {Path(args.cells).name}", about), encoding="utf-8")
+    return 0 if any("failed" not in row for row in rows) else 1
+
+# %% ../../nbs/runs/05_cli.ipynb #bmcmd002
+def _peers(args: argparse.Namespace) -> int:
+    from gears_nb.benchmark.peers import PEERS, install_peer
+    if args.what == "install":
+        if args.name is None:
+            raise InputError("gears peers", "NAME", "none is given", f"name one of {', '.join(PEERS)}")
+        print(f"{args.name}: {install_peer(args.name)}")
+        return 0
+    for name, peer in PEERS.items():
+        print(f"  {name:<11}{peer.title:<11}{peer.version:<8}{'installed' if peer.installed else f'not installed: gears peers install {name}'}")
+    return 0
 
 # %% ../../nbs/runs/05_cli.ipynb #rdlist01
 def _explore(args: argparse.Namespace) -> int:
@@ -342,7 +418,8 @@ def _run_all(profile: str | None) -> int:
     return 1 if failed else 0
 
 
-_COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness, "explore": _explore, "list": _list,
+_COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness,
+             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
