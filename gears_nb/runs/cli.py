@@ -91,6 +91,7 @@ def _learning_arguments(add: Callable[..., Any]) -> None:
     add("--profile", metavar="P", help="smoke (seconds), toy (minutes on a laptop, default), paper (full size)")
     add("--seed", type=int, metavar="N", help="same seed, same data, same settings: same coordinates (default 0; with a saved model, that of its layout)")
     add("--min-genes", type=int, metavar="N", help="go on with at least N shared genes (default 50)")
+    add("--model-kind", metavar="NAME", help="model to train (default d7; `gears list models`), the same as --set structure.model=NAME")
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as structure.train.epochs=30")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -236,10 +237,15 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
     return {"slide_key": args.slide_key, "plane": args.plane, "layer": args.layer}
 
 
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """What --set changes, and the model of --model-kind; underscores in its name count as hyphens."""
+    return args.overrides + ([] if args.model_kind is None else [f"structure.model={args.model_kind.replace('_', '-')}"])
+
+
 def _fit(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import fit_files
     model = fit_files(args.slides, args.model_dir, args.cells, profile=args.profile or "toy", seed=args.seed or 0, min_genes=args.min_genes,
-                      overrides=args.overrides, progress=not args.quiet, **_tables(args))
+                      overrides=_overrides(args), progress=not args.quiet, **_tables(args))
     print(f"{len(model.fitted.genes)} genes, cells need {model.fitted.evidence.floor} counts in them: {args.model_dir}")
     return 0
 
@@ -247,7 +253,7 @@ def _fit(args: argparse.Namespace) -> int:
 def _reconstruct(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import reconstruct_files
     placed = reconstruct_files(args.slides, args.cells, args.out, report=args.report, profile=args.profile, seed=args.seed,
-                               min_genes=args.min_genes, model_dir=args.model_dir, genes=args.genes, overrides=args.overrides,
+                               min_genes=args.min_genes, model_dir=args.model_dir, genes=args.genes, overrides=_overrides(args),
                                progress=not args.quiet, **_tables(args))
     print(f"{placed.placed} of {placed.cells} cells placed: {args.out}" + (f", report: {args.report}" if args.report else ""))
     for reason, count in placed.reasons.items():
