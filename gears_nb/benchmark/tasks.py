@@ -7,17 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.errors import InputError
 from ..core.seeding import np_rng
+from ..core.store import Store, content_digest
 from ..data.io import read_h5ad
 from ..data.pseudospots import disjoint_halves, pseudo_spots
-from ..data.registry import PROTOCOLS, SIMULATED, Task, data_root, load_protocol, verify
+from ..data.registry import PROTOCOLS, SIMULATED, Task, cache_root, data_root, load_protocol, verify
+from ..lab.digests import code_digest
+from ..models.catalogue import model_code
+from ..reconstruct.facade import MODEL_FORMAT, TRAINED_BY, Gears
+from ..reconstruct.settings import GearsConfig, profile, training_digest
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 # %% auto #0
-__all__ = ['OWN', 'REPORTED', 'DEVELOPMENT', 'USED', 'load_task']
+__all__ = ['OWN', 'REPORTED', 'DEVELOPMENT', 'USED', 'load_task', 'blind', 'settings_of', 'trained_folder', 'trained']
 
 # %% ../../nbs/benchmark/01_tasks.ipynb #990cb349
 def _parts(task: str, file: str, *names: str) -> list:
@@ -103,3 +113,34 @@ def load_task(name: str, seed: int = 0) -> Task:
         close = get_close_matches(base, [*OWN, *SIMULATED, *PROTOCOLS], 1)
         raise InputError("tasks", "name", f"unknown task {name!r}", f"did you mean {close[0]}?" if close else f"use one of {', '.join((*SIMULATED, *PROTOCOLS, *OWN))}")
     return load_protocol(base, int(own) if own.isdigit() else seed)
+
+# %% ../../nbs/benchmark/01_tasks.ipynb #6441134c
+def blind(query: AnnData) -> tuple[AnnData, np.ndarray]:
+    "The query with its values and genes and nothing else, and its true places (n, 2)."
+    bare, truth = query.copy(), np.asarray(query.obsm["spatial"], np.float64)[:, :2]
+    for key in list(bare.obsm):
+        del bare.obsm[key]
+    return bare, truth
+
+
+def settings_of(task: Task, name: str, seed: int = 0, model: str | None = None, fusion: bool = True) -> GearsConfig:
+    "The settings of profile `name` for a task: its kind of values, and panels of fewer than 50 genes allowed."
+    own = {} if model is None else {"structure.model": model}
+    return profile(name, seed=seed, counts=task.counts, min_genes=min(50, *(t.n_vars for t in (*task.reference, task.query))), progress=False,
+                   **{"solve.fusion": fusion}, **own)
+
+
+def trained_folder(task: Task, config: GearsConfig) -> Path:
+    "Where the model of a task is kept."
+    code = MODEL_FORMAT, code_digest(*TRAINED_BY), model_code(config.structure.model.name)
+    return cache_root() / "contest" / f"{task.name}-{content_digest(training_digest(config), code, *task.reference, task.query.var_names.to_numpy())[:12]}"
+
+
+def trained(task: Task, config: GearsConfig) -> Gears:
+    "Our model of a task, from the cache or trained now."
+    folder = trained_folder(task, config)
+    if Store(folder).has("gears"):
+        return Gears.load(folder, {"progress": False, "solve.fusion": config.solve.fusion})
+    model = Gears(config).fit(task.reference, blind(task.query)[0])
+    model.save(folder)
+    return model
