@@ -89,6 +89,9 @@ COMES_ALONG = {"IPython": "ipykernel", "traitlets": "anywidget", "jupyter_client
                "threadpoolctl": "scikit-learn", "zarr": "anndata"}
 
 
+OF_THEIR_OWN = {"novosparc", "moscot", "tangram", "CeLEry"}  # imported by benchmark/adapters.py in environments that peers.ini describes
+
+
 def settings():
     parser = ConfigParser(delimiters=["="], interpolation=None)
     parser.read(ROOT / "settings.ini", encoding="utf-8")
@@ -123,7 +126,7 @@ def test_every_package_is_needed_and_every_need_is_declared():
     found = imported()
     idle = {name for name in names if IMPORTED_AS.get(name, name.replace("-", "_")) not in found} - set(NOT_IMPORTED)
     assert not idle, f"in settings.ini, imported nowhere: {idle}"
-    missing = found - modules - set(COMES_ALONG)
+    missing = found - modules - set(COMES_ALONG) - OF_THEIR_OWN
     assert not missing, f"imported, not in settings.ini: {missing}"
 
 

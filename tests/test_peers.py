@@ -74,6 +74,13 @@ def test_places_come_back(fake, question):
     assert run.distances(np.array([0]), np.array([1])) == pytest.approx(np.linalg.norm(run.X[0] - run.X[1]))
 
 
+def test_cells_without_truth_are_placed_and_not_scored(fake, question, tissue):
+    truth = tissue[1].obsm["spatial"].astype(float)
+    truth[:30] = np.nan
+    row = peer_row(fake("good"), question, truth, protocol="sim", dataset="tiny")
+    assert row["n_scored"] == len(truth) - 30 and np.isfinite(row["spearman"])
+
+
 def test_weights_come_back(fake, question):
     run = ask(fake("weights"), question)
     assert run.weights.shape == (question.query.shape[0], question.reference.shape[0])

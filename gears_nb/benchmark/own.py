@@ -123,7 +123,7 @@ class Contest:
         "What published tools are asked."
         return pooled(self.slides, self.cells, self.config.min_genes)
 
-# %% ../../nbs/benchmark/08_own_data.ipynb #d9f25418
+# %% ../../nbs/benchmark/08_own_data.ipynb #2168d65a
 def places(contest: Contest, method: str) -> tuple[np.ndarray, float]:
     "Places (n, 2) by one of our methods or a plain one, and the CPU seconds that it would take alone."
     seed = contest.config.seed
@@ -145,7 +145,8 @@ def method_row(contest: Contest, method: str) -> dict[str, Any]:
     if method in PEERS:
         return peer_row(PEERS[method], contest.question, contest.truth, protocol="own", dataset=contest.dataset, seed=seed, timeout=contest.timeout)
     X, seconds = places(contest, method)
-    return score_row(X[known], contest.truth[known], protocol="own", dataset=contest.dataset, method=method, seed=seed, seconds=seconds, peak_rss_mb=peak_rss_mb())
+    return score_row(X[known], contest.truth[known], protocol="own", dataset=contest.dataset, method=method, seed=seed,
+                     seconds=seconds, peak_rss_mb=peak_rss_mb())
 
 
 def run_contest(contest: Contest, methods: Iterable[str], progress: bool = False) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ def run_contest(contest: Contest, methods: Iterable[str], progress: bool = False
             rows.append(method_row(contest, method))
     return rows
 
-# %% ../../nbs/benchmark/08_own_data.ipynb #de4019ab
+# %% ../../nbs/benchmark/08_own_data.ipynb #64792563
 def in_order(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     "Rows with their `mean_rank`, best first; those without an answer last."
     scored = [row for row in rows if "failed" not in row]
@@ -168,7 +169,8 @@ def in_order(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     "The rows for a terminal: method, mean rank, ten metrics, CPU seconds; or the reason."
     width = max(6, *(len(row["method"]) for row in rows))
-    lines = [" ".join([f"{'method':<{width}}", f"{'rank':>5}", *(f"{name + ('+' if sign > 0 else '-'):>9}" for name, sign in METRICS.items()), f"{'CPU s':>8}"])]
+    head = [f"{name + ('+' if sign > 0 else '-'):>9}" for name, sign in METRICS.items()]
+    lines = [" ".join([f"{'method':<{width}}", f"{'rank':>5}", *head, f"{'CPU s':>8}"])]
     for row in in_order(rows):
         cells = [row["failed"]] if "failed" in row else [f"{row['mean_rank']:5.2f}", *(f"{row[name]:9.3f}" for name in METRICS), f"{row['seconds']:8.1f}"]
         lines.append(" ".join([f"{row['method']:<{width}}", *cells]))

@@ -273,15 +273,16 @@ def run_peer(name: str | Peer, reference: Sequence[AnnData], query: AnnData, see
     "The answer of the tool `name` about raw `reference` slides and a `query`. Raises `InputError` for unusable tables, `PeerFailed` if there is no answer."
     return ask(find_peer(name) if isinstance(name, str) else name, pooled(reference, query, min_genes), seed, timeout, memory_gb)
 
-# %% ../../nbs/benchmark/07_peers.ipynb #6c9172f5
+# %% ../../nbs/benchmark/07_peers.ipynb #21277fd9
 def peer_row(peer: Peer, question: Question, truth: np.ndarray, *, protocol: str, dataset: str, seed: int = 0, timeout: float = 3600.0,
              memory_gb: float | None = None) -> dict[str, Any]:
-    "The score row of a tool against `truth` (n, 2); or who, where, and the reason why not, as `failed`. Never raises for what the tool did."
+    "The score row of a tool against `truth` (n, 2; NaN: not scored); or who, where, and why not, as `failed`. Never raises for what the tool did."
     head = {"protocol": protocol, "dataset": dataset, "method": peer.name, "version": peer.version, "seed": seed}
+    known = np.isfinite(truth).all(1)
     try:
         run = ask(peer, question, seed, timeout, memory_gb)
-    except PeerFailed as error:
+        row = score_row(run.X[known], truth[known], protocol=protocol, dataset=dataset, method=peer.name, seed=seed, seconds=run.seconds,
+                        peak_rss_mb=run.peak_rss_mb, version=peer.version)
+    except (PeerFailed, InputError) as error:  # no answer, or one that cannot be scored
         return head | {"failed": " ".join(str(error).split())}
-    row = score_row(run.X, truth, protocol=protocol, dataset=dataset, method=peer.name, seed=seed, seconds=run.seconds,
-                    peak_rss_mb=run.peak_rss_mb, version=peer.version)
     return row | {"process_seconds": run.process_seconds, "wall_seconds": run.wall_seconds}
