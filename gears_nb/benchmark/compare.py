@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.spatial.distance import cdist
+from scipy.spatial.distance import cdist, pdist
 
 from ..core.errors import InputError
 from ..geometry.distances import stress1
-from ..geometry.gauge import gauge_fix
-from ..geometry.metrics import METRICS, score
+from ..geometry.gauge import gauge_fix, rescaled
+from ..geometry.metrics import METRICS, TOLERANCE, contact_radius, edge_scores, pearson, ranks, score, shell_f1
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['UNRANKED', 'score_row', 'task_names', 'tidy', 'mean_rank', 'mean_rank_all', 'table', 'RiskCurve', 'risk_coverage']
+__all__ = ['UNRANKED', 'score_row', 'distance_scores', 'task_names', 'tidy', 'mean_rank', 'mean_rank_all', 'table', 'RiskCurve',
+           'risk_coverage']
 
 # %% ../../nbs/benchmark/03_compare.ipynb #95ca17ae
 UNRANKED = ("nearest_spot",)
@@ -37,6 +38,18 @@ def score_row(
         from gears_nb import __version__ as version
     head = {"protocol": protocol, "dataset": dataset, "method": method, "version": version, "seed": seed}
     return head | score(pred, true, seed=seed) | {"seconds": seconds, "peak_rss_mb": peak_rss_mb}
+
+# %% ../../nbs/benchmark/03_compare.ipynb #f328ea52
+def distance_scores(d_hat: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    "The six of the ten metrics that need distances only: `d_hat` (n (n - 1) / 2,) of all pairs, as of `pdist`, against places `true` (n, 2), any unit."
+    places = gauge_fix(rescaled(np.asarray(true, np.float64)))
+    d, d_hat, radius = pdist(places).round(9), np.asarray(d_hat, np.float64).round(9), contact_radius(places) + TOLERANCE
+    if d.shape != d_hat.shape:
+        raise InputError("distance_scores", "d_hat", f"{len(d_hat)} distances for {len(true)} places", "give one distance per pair, in the order of pdist")
+    ranked = ranks(d_hat)
+    auc, bap = edge_scores(d_hat, d <= radius, ranked)
+    return {"spearman": pearson(ranked.mean, ranks(d).mean), "pearson": pearson(d_hat, d), "stress1": stress1(d_hat, d, scaled=True), "edge_auc": auc, "bap": bap,
+            "shell_f1": shell_f1(d_hat, d, radius)}
 
 # %% ../../nbs/benchmark/03_compare.ipynb #f6317c32
 def task_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -19,8 +19,8 @@ from .stitch import Stitched
 
 # %% auto #0
 __all__ = ['ALIKE', 'SHARE', 'ANCHORS', 'CHUNK', 'SOURCES', 'DOUBTS', 'LOST', 'SMOOTH', 'LOOKED_AT', 'NEAREST', 'averaged',
-           'regress', 'confidence', 'LookUp', 'look_up', 'reach', 'own_reach', 'in_one_unit', 'per_cell', 'doubts',
-           'Fusion']
+           'regress', 'confidence', 'expected_distances', 'LookUp', 'look_up', 'reach', 'own_reach', 'in_one_unit',
+           'per_cell', 'doubts', 'Fusion']
 
 # %% ../../nbs/reconstruct/13_fusion.ipynb #c82728e8
 ALIKE, SHARE = 60, 25  # most cells that are averaged, and the share of a source that they may be
@@ -61,6 +61,14 @@ SMOOTH = 40  # candidates among averaged plain profiles, which are all alike
 def confidence(error: np.ndarray) -> np.ndarray:
     "Share of a random placement's error that a cell with an expected `error` (n,) avoids, in [0.01, 1]."
     return np.clip(1 - error / LOST, 0.01, 1)
+
+
+def expected_distances(X: np.ndarray, error: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Expected distances (E,) of any `pairs` (E, 2) of cells with places `X` (n, 2) and expected errors `error` (n,), `obsm['X_gears']` and `obs['gears_error']`.
+
+    Two doubtful cells are hardly ever as near as a plane may put them: root of the squared distance and both squared errors."""
+    i, j = pairs.T
+    return np.sqrt(np.square(X[i] - X[j]).sum(1) + error[i] ** 2 + error[j] ** 2)
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
-__all__ = ['LEVELS', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'STRANGER', 'spoiled', 'model_distances', 'pairs_of',
-           'Heard', 'one_level', 'fit_weights', 'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
+__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'STRANGER', 'spoiled', 'model_distances',
+           'pairs_of', 'Heard', 'one_level', 'fit_weights', 'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6e467982
 LEVELS = ((0.0, 1.0), (0.3, 0.6), (0.6, 0.35), (1.0, 0.2), (1.5, 0.1))
 "Spread of the gains (log scale), and share of the counts that is kept."
+LEAST = 2  # the nearest level that a query can be at: below it the model is asked about spots as it has learned them
 
 
 def spoiled(slide: AnnData, gain: float, keep: float, rng: np.random.Generator, counts: bool = True) -> AnnData:
@@ -144,11 +145,11 @@ class Rehearsal:
     error: tuple[float, ...]
 
     def weights_at(self, shift: float) -> np.ndarray:
-        "Weights (6,) for a query at `shift`, interpolated on the logarithm; the first and the last level's beyond them."
-        known = np.maximum.accumulate(np.maximum(self.shift, 1e-6))
-        known = known * (1 + 1e-9 * np.arange(len(known)))  # levels that do not differ in shift keep their order
-        at = np.log(max(shift, 1e-6))
-        return np.array([np.interp(at, np.log(known), column) for column in np.transpose(self.weights)])
+        "Weights (6,) for a query at `shift`, interpolated on the logarithm; those of level `LEAST` for a nearer one, of the last for a farther one."
+        levels, known = np.arange(len(self.shift)), np.maximum.accumulate(np.maximum(self.shift, 1e-6))
+        known = known * (1 + 1e-9 * levels)  # levels that do not differ in shift keep their order
+        level = max(LEAST, np.interp(np.log(max(shift, 1e-6)), np.log(known), levels))
+        return np.array([np.interp(level, levels, column) for column in np.transpose(self.weights)])
 
     def fusion(self, H: np.ndarray, F: np.ndarray, atlas: Atlas) -> tuple[Fusion, float]:
         "The evidence about cells with embeddings `H` (n, d) and plain components `F` (n, q), ONE source, and their shift."
