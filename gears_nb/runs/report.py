@@ -207,6 +207,8 @@ def _colours(tables: Sequence[AnnData], xy: np.ndarray, genes: Sequence[str]) ->
     colours = [{"name": "position", "kind": "rgb", "values": [position_colours(xy), *rest]}, *_categories(tables)]
     if "gears_confidence" in tables[0].obs:
         colours.append({"name": "confidence", "kind": "number", "values": [_numbers(tables[0].obs["gears_confidence"]), *rest]})
+    if "gears_error" in tables[0].obs:
+        colours.append({"name": "expected error (RMS radii)", "kind": "number", "values": [_numbers(tables[0].obs["gears_error"]), *rest]})
     return (*colours, *_gene_colours(tables, [g for g in genes if any(g in t.var_names for t in tables)]))
 
 # %% ../../nbs/runs/03_report.ipynb #45c790cb
@@ -413,7 +415,7 @@ _SECTIONS = {
     "solve": ("Global solve", "Stress is the share of stitched distances that no flat map can satisfy; below 0.1 is very good, above 0.4 poor."),
 }
 _READING = """<p>A reconstruction has no north, no mirror side and no unit: only distances between cells carry meaning. Compare patterns,
-not coordinates.</p><p>Cells with low confidence lie in patches that disagree: look at the map coloured by confidence before believing a detail.</p>"""
+not coordinates.</p><p>Cells with low confidence resemble places far apart in the reference, or sources of evidence disagree about them: look at the map coloured by confidence before believing a detail.</p>"""
 _READING_SCORES = """<p><b>Spearman</b> and <b>Pearson</b> compare all pairwise distances; <b>Stress-1</b> is their relative misfit at the best
 scale; <b>ROC-AUC</b> and <b>bAP</b> ask whether true neighbours are close; <b>Shell-F1</b> sorts pairs into distance classes;
 <b>Trust@20</b> punishes false neighbours and <b>Cont@20</b> torn ones; <b>SWD</b> and <b>W1</b> compare overall shape and crowding, and a random

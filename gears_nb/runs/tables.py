@@ -15,8 +15,8 @@ from typing import Any
 from ..lab.results import figures_root, load_results
 
 # %% auto #0
-__all__ = ['NOTHING', 'Standing', 'standings', 'front_table', 'first_light_rows', 'losses', 'standing_table', 'wins_and_losses',
-           'first_light_table', 'draw_front', 'draw_again', 'main']
+__all__ = ['NOTHING', 'Standing', 'standings', 'front_table', 'contest_rows', 'losses', 'standing_table', 'wins_and_losses',
+           'contest_table', 'draw_front', 'draw_again', 'main']
 
 # %% ../../nbs/runs/10_tables.ipynb #127e2232
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def front_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/runs/10_tables.ipynb #a239c81e
-NOTHING = "No measurements on file yet; `gears run first_light` makes them."
+NOTHING = "No measurements on file yet; `gears run benchmark/table1` makes them."
 
 
-def first_light_rows() -> list[dict[str, Any]]:
-    "The score rows of the first-light benchmark on file; empty when there is none."
-    record = load_results().get("benchmark/first_light")
-    return record["metrics"]["rows"] if record else []
+def contest_rows() -> list[dict[str, Any]]:
+    "The score rows of Table 1 on file, less those that stand in it for comparison only; empty when there is none."
+    record = load_results().get("benchmark/table1")
+    return [row for row in record["metrics"]["rows"] if row["method"] != "gears:model"] if record else []
 
 
 def losses(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +83,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def standing_table() -> str:
     "The front page's table from the rows on file, and how many of its lines are losses."
-    rows = first_light_rows()
+    rows = contest_rows()
     return f"{front_table(rows)}\n\n{losses(rows)}" if rows else NOTHING
 
 
@@ -95,10 +95,10 @@ def wins_and_losses(ranks: Mapping[str, Mapping[str, float]]) -> str:
     return f"Best mean rank: {', '.join(won) or 'nowhere'}. Behind: {', '.join(lost) or 'nowhere'}."
 
 
-def first_light_table() -> str:
+def contest_table() -> str:
     "The benchmark's tables on file as Markdown, one per task, after wins and losses; one sentence when there are none."
     from gears_nb.benchmark.compare import mean_rank, table
-    rows = first_light_rows()
+    rows = contest_rows()
     if not rows:
         return NOTHING
     ranks = mean_rank(rows)
