@@ -73,7 +73,7 @@ def expected_distances(X: np.ndarray, error: np.ndarray, pairs: np.ndarray) -> n
 
 @dataclass(frozen=True)
 class LookUp:
-    "What an atlas says about n cells: `candidates` by name (`SOURCES[1:5]`), and places by regression, (n, 2) per section."
+    "What an atlas says about n cells: `candidates` by name (`SOURCES[1:5]`), places by regression, (n, 2) per section."
 
     candidates: dict[str, Candidates]
     places: tuple[np.ndarray, ...]
@@ -86,8 +86,8 @@ class LookUp:
     def distances(self, pairs: np.ndarray) -> np.ndarray:
         "Distances (E, 5) of `pairs` (E, 2) by `SOURCES[1:]`, in RMS radii."
         i, j = pairs.T
-        regressed = np.mean([np.linalg.norm(p[i] - p[j], axis=1) for p in self.places], axis=0)
-        return np.stack([*(c.distances(pairs) for c in self.candidates.values()), regressed], axis=1)
+        apart = lambda p: np.linalg.norm(p[i] - p[j], axis=1)
+        return np.stack([*(c.distances(pairs) for c in self.candidates.values()), np.mean([apart(p) for p in self.places], axis=0)], axis=1)
 
     @property
     def doubt(self) -> np.ndarray:

@@ -120,8 +120,11 @@ def _least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def fit_weights(heard: Sequence[Heard]) -> np.ndarray:
-    "Coefficients (6 + 1,) of the true distances, in one unit, on those by `SOURCES` and a constant."
-    return _least_squares(np.concatenate([h.scaled for h in heard]), np.concatenate([h.true / h.true.mean() for h in heard]))
+    "Weights (6,) of `SOURCES`: those without the model, of which it takes its share of what *learned* and *shared* are worth."
+    columns, true = np.concatenate([h.scaled for h in heard]), np.concatenate([h.true / h.true.mean() for h in heard])
+    every, rest = _least_squares(columns, true)[:-1], _least_squares(columns[:, 1:], true)[:-1]
+    share = every[0] / max(every[:3].sum(), 1e-12)  # model, learned, shared
+    return np.r_[share * rest[:2].sum(), (1 - share) * rest[:2], rest[2:]]
 
 
 def fit_error(levels: Sequence[Sequence[Heard]]) -> np.ndarray:
@@ -173,5 +176,5 @@ def rehearse(embed: Callable[[AnnData], np.ndarray], components: Callable[[AnnDa
              models: Sequence[GeometryModel], *, counts: bool = True, seed: int = 0) -> Rehearsal:
     "All levels, on reference `slides` with genes matched, in the order of the atlas. `embed` and `components` take one table to rows."
     runs = [one_level(embed, components, slides, atlas, models, level, np_rng(seed, "rehearsal", i), counts) for i, level in enumerate(LEVELS)]
-    weights = [tuple(map(float, fit_weights(heard)[:-1])) for _, heard in runs]
+    weights = [tuple(map(float, fit_weights(heard))) for _, heard in runs]
     return Rehearsal(tuple(shift for shift, _ in runs), tuple(weights), tuple(map(float, fit_error([heard for _, heard in runs]))))
