@@ -400,7 +400,7 @@ def overlap_terms(pred: Tensor, shared: int, s: Tensor, c: GearsV2Config) -> dic
     one, two = shared_rows(pred, shared)
     s = s[: len(one)]
     if c.variant == "intrinsic":
-        return {"overlap": gated(procrustes(gauge_fix(one), gauge_fix(two)).error.square(), s < c.low)}
+        return {"overlap": gated(torch.square(procrustes(gauge_fix(one), gauge_fix(two)).error), s < c.low)}
     calm = s < c.high
     terms = {"overlap": gated(overlap_shape(one, two), calm)}
     if c.weights.overlap_scale:
