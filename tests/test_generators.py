@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
+from gears_nb.generators import gears_v2
 from gears_nb.generators.gears_v2 import (GearsV2, GearsV2Config, Views, aligned, centred, draw_views, gram_loss, gram_target, heun, karras_levels, neighbour_losses,
                                           noise_cap, noise_levels, overlap_shape, preconditioning, principal_axes, scale_loss, score_weight, shared_rows)
 from gears_nb.generators.set_transformer import ISAB, MAB, PMA, SAB
@@ -20,7 +24,6 @@ from gears_nb.models.conformance import conform, toy_slides
 from gears_nb.models.fit import fit_member
 from gears_nb.reconstruct.facade import Gears
 from gears_nb.reconstruct.settings import profile
-from gears_nb.runs.cli import main
 
 TINY = {"width": 16, "inducing": 4, "heads": 2, "context_depth": 1, "base_depth": 1, "denoiser_depth": 1, "dims": 6, "steps": 4}
 
@@ -74,6 +77,28 @@ def test_the_target_has_the_gram_matrix_of_the_places_and_is_turned_not_scaled(s
     assert torch.allclose(aligned(V @ turns[0], base, mask), al, atol=1e-8)  # whatever the factor, the same place
 
 
+TRIANGLE = torch.tensor([[[0.0, 0], [3, 0], [0, 4]]]).double()  # sides 3, 4, 5
+WHOLE = torch.ones(1, 3, dtype=torch.bool)
+
+
+def test_the_gram_matrix_of_a_triangle():
+    V = gram_target(TRIANGLE + 7, WHOLE, 4)
+    G = (V @ V.transpose(1, 2))[0]
+    assert torch.allclose(9 * G, torch.tensor([[25.0, -2, -23], [-2, 52, -50], [-23, -50, 73]]).double(), atol=1e-9)
+    assert [round((G[i, i] + G[j, j] - 2 * G[i, j]).item(), 9) for i, j in ((0, 1), (0, 2), (1, 2))] == [9, 16, 25]
+    assert V[..., 2:].abs().max() == 0 and V[0, :, 0].norm() > V[0, :, 1].norm() > 0
+
+
+def test_a_mirrored_base_leaves_no_residual_and_a_large_one_is_not_scaled_away():
+    V = gram_target(TRIANGLE, WHOLE, 2)
+    mirrored = V * torch.tensor([1.0, -1]).double()
+    angles = torch.linspace(0, 2 * torch.pi, 361).double()
+    turns = torch.stack([torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2)
+    assert min((V[0] @ Q - mirrored[0]).square().sum() for Q in turns) > 0.5  # no turn does it
+    assert torch.allclose(aligned(V, mirrored, WHOLE), mirrored, atol=1e-10)
+    assert torch.allclose(aligned(V, 3 * mirrored, WHOLE) - 3 * mirrored, -2 * mirrored, atol=1e-10)
+
+
 # ---- noise
 
 @given(st.floats(1e-3, 1e2), st.floats(1e-2, 10))
@@ -81,6 +106,13 @@ def test_preconditioning_keeps_the_variance_of_input_and_target_at_one(s, sd):
     skip, out, into, noise = preconditioning(s := torch.tensor(s).double(), sd)
     assert into**2 * (s**2 + sd**2) == pytest.approx(1) and (1 - skip) ** 2 * sd**2 + skip**2 * s**2 == pytest.approx(out**2)
     assert score_weight(s, sd) * out**2 == pytest.approx(1) and noise == pytest.approx(s.log() / 4)
+
+
+@pytest.mark.parametrize("sd", [0.05, 0.5, 2.0])
+def test_without_noise_the_answer_is_the_input_and_in_noise_alone_it_is_the_network(sd):
+    skip, out, into, _ = preconditioning(torch.tensor([1e-8, 1e8]).double(), sd)
+    assert skip.tolist() == pytest.approx([1, 0], abs=1e-9) and out.tolist() == pytest.approx([0, sd], abs=1e-7)
+    assert into[0] == pytest.approx(1 / sd) and into[1] * 1e8 == pytest.approx(1)
 
 
 def test_levels_fall_to_zero_and_heun_is_exact_on_a_line():
@@ -111,7 +143,11 @@ def test_views_share_their_first_rows_and_are_of_random_size():
     slide, c = toy_slides(n=150)[0], GearsV2Config()
     index, shared = draw_views(slide, 100, 2, rng(), c)
     assert index.shape == (4, 100) and shared == 32 and torch.equal(index[:2, :32], index[2:, :32])
+    assert all(len(row.unique()) == 100 for row in index) and all(set(a.tolist()) != set(b.tolist()) for a, b in zip(index[:2], index[2:]))
     assert draw_views(slide, 148, 1, rng(), c)[1] == 37
+    V = torch.randn(4, 100, 5, generator=rng()).double()
+    other = torch.cat([V[:, :shared], 9 * torch.randn(4, 100 - shared, 5, generator=rng(1)).double()], 1)
+    assert all(torch.equal(a, b) for a, b in zip(shared_rows(V, shared), shared_rows(other, shared)))  # the other rows have no say
     model, run = tiny_model(variant="intrinsic", smallest=0.5)
     batches = list(model.batches()([slide], run, rng()))
     assert all(24 <= H.shape[1] <= 48 and b.targets is not None for H, b in batches) and len({H.shape[1] for H, _ in batches}) > 1
@@ -141,6 +177,60 @@ def test_losses_and_answers_do_not_see_padding(own):
         a, b = model(H.double(), None, rng()), model(garbage(H), mask, rng())
     assert torch.allclose(a.X, b.X[:, :n], atol=1e-8) and b.X[:, n:].abs().max() == 0 and b.V[:, n:].abs().max() == 0
     assert (a.uncertainty is None) == ("samples" not in own) and (a.distances is None) == ("readout" not in own)
+
+
+@pytest.mark.parametrize("own", [{}, {"mode": "plain"}, {"samples": 2, "readout": "all"}, {"refiner": False}], ids=str)
+def test_the_answer_turns_with_the_order_of_the_cells(own, monkeypatch):
+    "Noise belongs to a cell: where it is carried along, so is everything else."
+    model, _ = tiny_model(**own)
+    model.double().eval()
+    drawn, order = torch.randn(4, 2, 30, 6, generator=rng(5)).double(), torch.randperm(30, generator=rng(6))
+
+    def answer(H, rows):
+        kept = iter(drawn)
+        monkeypatch.setattr(gears_v2, "cell_noise", lambda mask, width, rng, like: next(kept)[:, rows])
+        with torch.no_grad():
+            return model(H)
+    H = torch.randn(2, 30, 16, generator=rng(7)).double()
+    a, b = answer(H, torch.arange(30)), answer(H[:, order], order)
+    assert torch.allclose(a.X[:, order], b.X, atol=1e-7)
+    if a.uncertainty is not None:
+        assert torch.allclose(a.uncertainty[:, order], b.uncertainty, atol=1e-7) and torch.allclose(a.distances[:, order][:, :, order], b.distances, atol=1e-7)
+
+
+def test_one_seed_one_answer_and_one_loss():
+    model, run = tiny_model()
+    H, batch = next(iter(model.batches()(toy_slides(), run, rng())))
+    again, same = next(iter(model.batches()(toy_slides(), run, rng())))
+    assert torch.equal(H, again) and torch.equal(batch.places, same.places)
+
+    def told(seed):
+        model.train()
+        model.sd.fill_(0.2)  # it follows the data while training
+        with torch.no_grad():
+            loss = model.losses(H, batch, rng=rng(seed))["loss"]
+            return loss, model.eval()(H, None, rng(seed)).X
+    (loss, X), (repeated, X2), (other, X3) = told(0), told(0), told(1)
+    assert loss == repeated and torch.equal(X, X2) and loss != other and not torch.equal(X, X3)
+
+
+def test_uncertainty_is_how_far_draws_stray_from_their_mean():
+    model, _ = tiny_model(samples=4)
+    model.double().eval()
+    H, mask = torch.randn(2, 30, 16, generator=rng()).double(), torch.arange(30) < torch.tensor([[30], [22]])
+    with torch.no_grad():
+        out = model(H, mask, rng(3))
+        context, base = model.proposed(H, mask)
+        same = rng(3)
+        draws = torch.stack([model.sample(context, base, mask, same) for _ in range(4)])
+    assert torch.allclose(out.V, draws.mean(0)) and out.uncertainty.shape == (2, 30)
+    plane = out.V @ principal_axes(out.V)
+    for b, n in enumerate(mask.sum(1)):
+        unit = plane[b, :n].square().sum(-1).mean().sqrt()
+        assert torch.allclose(out.uncertainty[b, :n], (draws[:, b, :n] - out.V[b, :n]).square().sum(-1).mean(0).sqrt() / unit)
+    assert out.uncertainty[mask].min() > 0 and out.uncertainty[~mask].abs().max() == 0
+    alone, _ = tiny_model(samples=4, refiner=False)
+    assert alone.eval()(H.float(), mask, rng()).uncertainty is None
 
 
 def test_directions_have_a_sign_and_distances_the_unit_of_x():
@@ -181,28 +271,29 @@ def test_training_lowers_the_error_and_follows_the_sigma():
 
 def test_gears_learns_places_saves_and_loads(tmp_path):
     *slides, query = simulate("tiny", seed=0).slides
-    settings = {"structure.epochs": 2, "structure.guess_epochs": 4, "structure.minisets_per_epoch": 16, "progress": False}
-    g = Gears(profile("smoke", **settings), model={"name": "gears-v2", "settings": TINY}).fit(slides)
-    placed = g.reconstruct(query)
-    X = placed.obsm["X_gears"]
+    g = Gears(profile("smoke", progress=False, **{"structure.epochs": 2, "structure.guess_epochs": 2}), model="gears-v2").fit(slides)
+    assert isinstance(g.fitted.models[0], GearsV2) and g.config.structure.model.name == "gears-v2"
+    X = g.reconstruct(query).obsm["X_gears"]
     assert X.shape == (query.n_obs, 2) and np.isfinite(X).any() and np.array_equal(X, g.reconstruct(query).obsm["X_gears"], equal_nan=True)
     g.save(tmp_path / "model")
     again = Gears.load(tmp_path / "model", {"progress": False})
-    assert again.config.structure.model.settings["dims"] == 6
     np.testing.assert_array_equal(again.reconstruct(query).obsm["X_gears"], X)
-    assert Gears(profile("smoke", progress=False), model="gears-v2").config.structure.model.name == "gears-v2"
+    assert torch.equal(again.fitted.models[0].sd, g.fitted.models[0].sd)
 
 
-def test_the_command_line_takes_a_kind_of_model(tmp_path, capsys):
-    tissue = simulate("tiny", seed=0).slides
-    for name, table in zip("abq", tissue):
+def test_the_command_line_takes_a_kind_of_model(tmp_path):
+    "In a process of its own; a wrong name is one line and exit code 2, and nothing is written."
+    for name, table in zip("abq", simulate("tiny", seed=0).slides):
         table.write_h5ad(tmp_path / f"{name}.h5ad")
     small = [f"structure.model.settings.{k}={v}" for k, v in TINY.items()]
-    road = lambda *more: main(["reconstruct", "--slides", str(tmp_path / "a.h5ad"), str(tmp_path / "b.h5ad"), "--cells", str(tmp_path / "q.h5ad"), "--out", str(tmp_path / "r.h5ad"),
-                               "--profile", "smoke", "--quiet", "--model-dir", str(tmp_path / "m"), *more])
-    assert road("--model-kind", "gears_v3") == 2 and "did you mean 'gears-v2'" in capsys.readouterr().err and not (tmp_path / "r.h5ad").exists()
-    assert road("--model-kind", "gears_v2", "--set", "structure.epochs=1", "structure.guess_epochs=1", *small) == 0, capsys.readouterr().err
-    assert Gears.load(tmp_path / "m").config.structure.model.name == "gears-v2"
-    with pytest.raises(SystemExit):
-        main(["reconstruct", "--help"])
-    assert "--model-kind NAME" in capsys.readouterr().out
+
+    def shell(*more):
+        words = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--out", "r.h5ad", "--profile", "smoke", "--quiet", "--model-dir", "m", *more]
+        return subprocess.run([sys.executable, "-c", "import sys; from gears_nb.runs.cli import main; sys.exit(main())", *words], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "GEARS_CACHE": str(tmp_path / "cache")}, timeout=120)
+    wrong = shell("--model-kind", "gears_v3")
+    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "did you mean 'gears-v2'" in wrong.stderr and not (tmp_path / "r.h5ad").exists()
+    right = shell("--model-kind", "gears_v2", "--set", "structure.epochs=1", "structure.guess_epochs=1", *small)
+    assert right.returncode == 0 and "cells placed: r.h5ad" in right.stdout, right.stderr
+    made = Gears.load(tmp_path / "m").config.structure.model
+    assert (made.name, made.settings["dims"]) == ("gears-v2", 6)
