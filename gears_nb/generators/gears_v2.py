@@ -57,7 +57,7 @@ def spread(V: Tensor, mask: Tensor) -> Tensor:
 # %% ../../nbs/generators/03_gears_v2.ipynb #4fe7ff0f
 def aligned(target: Tensor, base: Tensor, mask: Tensor) -> Tensor:
     "`target` `(B, n, d)` turned by the element of O(d) that brings it closest to `base`; no gradient passes."
-    return procrustes(target.detach(), base.detach(), mask).aligned
+    return target.detach() @ procrustes(target.detach(), base.detach(), mask).rotation
 
 # %% ../../nbs/generators/03_gears_v2.ipynb #a9f099c8
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ def overlap_terms(pred: Tensor, shared: int, s: Tensor, c: GearsV2Config) -> dic
     one, two = shared_rows(pred, shared)
     s = s[: len(one)]
     if c.variant == "intrinsic":
-        return {"overlap": gated(procrustes(gauge_fix(one), gauge_fix(two)).error.square(), s < c.low)}
+        return {"overlap": gated(torch.square(procrustes(gauge_fix(one), gauge_fix(two)).error), s < c.low)}
     calm = s < c.high
     terms = {"overlap": gated(overlap_shape(one, two), calm)}
     if c.weights.overlap_scale:
@@ -431,7 +431,8 @@ def losses(self: GearsV2, H: Tensor, batch: Views, mask: Tensor | None = None, r
         s = s / self.sd
     terms |= intrinsic_terms(pred, batch, s, c) if c.variant == "intrinsic" else place_terms(pred, al, mask, s < c.low, c.neighbours)
     terms |= base_terms(base, al, batch, mask, c.variant) | overlap_terms(pred, batch.shared, s, c)
-    return {"loss": sum(getattr(c.weights, name) * value for name, value in terms.items()), **terms, "sigma": self.sd.clone()}
+    told = {} if self.denoiser is None else {"sigma": self.sd.clone()}
+    return {"loss": sum(getattr(c.weights, name) * value for name, value in terms.items()), **terms, **told}
 
 # %% ../../nbs/generators/03_gears_v2.ipynb #15ea9eed
 def curriculum(epochs: int) -> Loss:
