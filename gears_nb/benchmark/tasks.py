@@ -99,6 +99,7 @@ USED: dict[str, str] = {
     "seqfish_embryo12": "looked at while the structure model was developed",
     "starmap_BZ9": "seen in a first trial of candidate places",
     "liver_crossslide": "same simulator as development tissues of other seeds; one seed seen in a first trial of candidate places",
+    "bdtnp": "its first result showed that values that are no counts must not be thinned in a rehearsal",
     "embryo_sim": "same simulator as development tissues of other seeds",
 }
 "Reported tasks that played a part in a choice, and which."

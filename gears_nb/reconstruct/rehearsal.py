@@ -34,10 +34,10 @@ LEAST = 2  # the nearest level that a query can be at: below it the model is ask
 
 
 def spoiled(slide: AnnData, gain: float, keep: float, rng: np.random.Generator, counts: bool = True) -> AnnData:
-    "A copy of `slide` with gene gains and fewer counts."
+    "A copy of `slide` with gene gains and, of `counts`, a share `keep`."
     out, X = slide.copy(), sp.csr_matrix(slide.X, copy=True, dtype=np.float32)
-    if keep < 1:
-        X.data = (rng.binomial(X.data.astype(np.int64), keep) if counts else X.data * (rng.random(len(X.data)) < keep)).astype(np.float32)
+    if counts and keep < 1:
+        X.data = rng.binomial(X.data.astype(np.int64), keep).astype(np.float32)
     X = X @ sp.diags(np.exp(gain * rng.standard_normal(X.shape[1])).astype(np.float32))
     lost = np.asarray(X.sum(1)).ravel() == 0
     out.X = sp.csr_matrix(sp.diags((~lost).astype(np.float32)) @ X + sp.diags(lost.astype(np.float32)) @ sp.csr_matrix(slide.X, dtype=np.float32))
