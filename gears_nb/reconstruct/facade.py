@@ -481,7 +481,7 @@ def _embedded(gears: Gears, query: Query, labels: np.ndarray) -> np.ndarray:
             out[rows] = parts[name]
         return out
 
-
+# %% ../../nbs/reconstruct/06_facade.ipynb #8688c0f0
 def _beside(gears: Gears, table: AnnData, H: np.ndarray) -> tuple[Fusion | None, float]:
     "Evidence beside the model's about one section, and the section's shift; None where the settings want the model alone."
     fitted = gears.fitted
