@@ -6,23 +6,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from configparser import ConfigParser
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import FunctionType
 
 from ..core.errors import InputError
 from ..core.store import content_digest
 from ..lab.digests import code_digest, reachable
+from . import contract
 from .contract import GeometryModel
 
 # %% auto #0
-__all__ = ['BUILT_IN', 'MODELS', 'add_model', 'addresses', 'model_class', 'model_code']
+__all__ = ['BUILT_IN', 'MODELS', 'built_in', 'add_model', 'addresses', 'model_class', 'model_code']
 
 # %% ../../nbs/models/03_catalogue.ipynb #dc16fe5f
-_RUNGS = ("plain", "v1", "v2", "d2", "d7", "egnn", "topo")
-BUILT_IN: dict[str, str] = {**{name: f"gears_nb.structure.rungs:{name.upper()}" for name in _RUNGS}, "operator-vae": "gears_nb.generators.operator_vae:OperatorVAE",
-                             "gears-v2": "gears_nb.generators.gears_v2:GearsV2"}
+def built_in(path: Path) -> dict[str, str]:
+    "Name -> address of the rows of a table of models, all sections together. Raises `KeyError` for a file without rows."
+    table = ConfigParser()
+    table.read(path, encoding="utf-8")
+    rows = {name: address for section in table.sections() for name, address in table[section].items()}
+    if not rows:
+        raise KeyError(f"{path}: no models")
+    return rows
+
+
+BUILT_IN: dict[str, str] = built_in(Path(contract.__file__).with_name("models.ini"))
 "Name -> address of the models of this package."
 
 _given: dict[str, type[GeometryModel]] = {}
