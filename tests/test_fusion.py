@@ -189,6 +189,15 @@ def test_what_was_used_for_choices_is_marked():
         tasks.load_task("hipocampus")
 
 
+def test_both_queries_of_the_demo_are_reported():
+    from gears_nb.runs.demo import demo_task
+    _, _, truth = demo_task("toy", 3)
+    for name, asked in (("liver_crossslide", "ST3"), ("liver_sc:3", "SC")):
+        task = tasks.load_task(name, 3)
+        assert name.partition(":")[0] in tasks.REPORTED and np.allclose(tasks.blind(task.query)[1], truth[asked])
+        assert not list(tasks.blind(task.query)[0].obsm)
+
+
 def test_a_task_is_trained_once(monkeypatch, tmp_path):
     monkeypatch.setenv("GEARS_CACHE", str(tmp_path))
     task = tasks.load_task("tiny")

@@ -50,6 +50,14 @@ def _sections(name: str, dataset: str, file: str, sections: tuple[str, ...], not
     return Task(name, dataset, "C", reference, query, notes)
 
 
+def _dissociated(name: str, seed: int) -> Task:
+    "The demo's second query: dissociated cells of another patient, asked of two sections of the simulated liver."
+    liver = load_protocol("liver_crossslide", seed)
+    cells = liver.extra["SC"]
+    cells.obsm["spatial"] = np.asarray(cells.obsm.pop("spatial_true"), np.float32)
+    return Task(name, liver.dataset, liver.protocol, liver.reference, cells, "ST1, ST2 -> dissociated cells of another patient")
+
+
 def _halves(name: str, seed: int) -> Task:
     "STARmap V1: the lower half of the section as reference, the upper as query; both run through all layers."
     whole, = _parts(name, "starmap_v1/starmap_by3_1020.h5ad", "BY3")
@@ -75,6 +83,7 @@ def _window_pair(name: str, seed: int) -> Task:
 
 _HIPPOCAMPUS, _LAYERS = "st_hippocampus/st_hippocampus_4sections.h5ad", "st_breast_layers/st_breast_layers.h5ad"
 OWN: dict[str, Callable[[str, int], Task]] = {
+    "liver_sc": _dissociated,
     "breast_layers": lambda name, seed: _sections(name, "st_breast_layers", _LAYERS, ("layer1", "layer2", "layer3", "layer4"), "three adjacent layers -> the fourth", seed),
     "dev_hippocampus": lambda name, seed: _sections(name, "st_hippocampus", _HIPPOCAMPUS, ("Hippo1", "Hippo2"), "section 1 -> section 2", seed),
     "dev_starmap_halves": _halves,
@@ -84,7 +93,7 @@ OWN: dict[str, Callable[[str, int], Task]] = {
 "Tasks beside those of the registry."
 
 # %% ../../nbs/benchmark/01_tasks.ipynb #8e674778
-REPORTED: tuple[str, ...] = (*(name for name in SIMULATED if name != "tiny"), *PROTOCOLS, "breast_layers")
+REPORTED: tuple[str, ...] = (*(name for name in SIMULATED if name != "tiny"), *PROTOCOLS, "breast_layers", "liver_sc")
 "Every task of the big table."
 
 DEVELOPMENT: tuple[str, ...] = ("her2st_B", "dev_hippocampus", "dev_starmap_halves", "dev_xenium_cells", "dev_xenium_windows",
@@ -99,6 +108,7 @@ USED: dict[str, str] = {
     "seqfish_embryo12": "looked at while the structure model was developed",
     "starmap_BZ9": "seen in a first trial of candidate places",
     "liver_crossslide": "same simulator as development tissues of other seeds; one seed seen in a first trial of candidate places",
+    "liver_sc": "same simulator as development tissues of other seeds; its scores are printed by the demo",
     "bdtnp": "its first result showed that values that are no counts must not be thinned in a rehearsal",
     "embryo_sim": "same simulator as development tissues of other seeds",
 }
@@ -108,12 +118,13 @@ USED: dict[str, str] = {
 def load_task(name: str, seed: int = 0) -> Task:
     "The task called `name`; `NAME:SEED` of a simulated tissue fixes its seed. Raises `InputError` for an unknown name (with the closest one) and for absent data."
     base, _, own = name.partition(":")
+    seed = int(own) if own.isdigit() else seed
     if base in OWN:
         return OWN[base](base, seed)
     if base not in (*SIMULATED, *PROTOCOLS):
         close = get_close_matches(base, [*OWN, *SIMULATED, *PROTOCOLS], 1)
         raise InputError("tasks", "name", f"unknown task {name!r}", f"did you mean {close[0]}?" if close else f"use one of {', '.join((*SIMULATED, *PROTOCOLS, *OWN))}")
-    return load_protocol(base, int(own) if own.isdigit() else seed)
+    return load_protocol(base, seed)
 
 # %% ../../nbs/benchmark/01_tasks.ipynb #6441134c
 def blind(query: AnnData) -> tuple[AnnData, np.ndarray]:
