@@ -5,21 +5,71 @@
 # %% ../../nbs/reconstruct/12_atlas.ipynb #31e91764
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.preprocess import Preprocessor
+from ..core.seeding import np_rng
+from ..data.preprocess import Preprocessor, averaging_matrix
 from ..encoder.model import principal_axes
 from ..geometry.gauge import gauge_fix, rescaled
+from ..geometry.neighbours import knn, row_blocks
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PLAIN', 'Atlas', 'atlas_from', 'make_atlas']
+__all__ = ['ALIKE', 'SHARE', 'ANCHORS', 'CHUNK', 'REGIONS', 'PER_REGION', 'Reader', 'PLAIN', 'averaged', 'regress', 'partition',
+           'regions', 'Atlas', 'atlas_from', 'make_atlas']
+
+# %% ../../nbs/reconstruct/12_atlas.ipynb #a7la5002
+ALIKE, SHARE = 60, 25  # most cells that are averaged, and the share of a source that they may be
+ANCHORS, CHUNK = 1500, 2**23  # spots that the regression stands on; kernel entries held at once
+REGIONS, PER_REGION = 24, 15  # most regions of a section, and spots that each should hold
+Reader = Callable[[np.ndarray], np.ndarray]
+"From features (n, q) of cells to points (n, p)."
+
+
+def averaged(F: np.ndarray) -> np.ndarray:
+    "Each row of `F` (n, q), ONE source, averaged with rows like it, (n, q) float32. The search is approximate in large tables (see `knn`)."
+    F = np.asarray(F, np.float32)
+    return F if len(F) < 2 else averaging_matrix(knn(F, max(2, min(ALIKE, len(F) // SHARE)), metric="cosine")[1], len(F)) @ F
+
+
+def regress(features: np.ndarray, coords: np.ndarray, seed: int = 0) -> Reader:
+    "Kernel ridge regression from `features` (m, q) to `coords` (m, 2)."
+    from sklearn.kernel_ridge import KernelRidge
+
+    rows = np_rng(seed, "fusion", "regression").permutation(len(features))[:ANCHORS]
+    sample = features[rows[:500]]
+    squares = np.square(sample[:, None] - sample[None]).sum(-1)
+    fitted = KernelRidge(kernel="rbf", gamma=1 / max(float(np.median(squares[squares > 0])), 1e-12), alpha=1.0).fit(features[rows], coords[rows])
+    return lambda Q: np.concatenate([fitted.predict(Q[block]) for block in row_blocks(len(Q), len(rows), CHUNK)]).astype(np.float32)
+
+
+def partition(coords: np.ndarray, seed: int = 0) -> np.ndarray:
+    "Region (m,) of every spot with places `coords` (m, 2): k-means, at most `REGIONS`."
+    from sklearn.cluster import KMeans
+
+    return KMeans(max(2, min(REGIONS, len(coords) // PER_REGION)), n_init=1, random_state=seed).fit_predict(coords)
+
+
+def regions(features: np.ndarray, label: np.ndarray) -> Reader:
+    "Logistic regression from `features` (m, q) to regions `label` (m,), integers from 0: square roots of the chances, (n, REGIONS)."
+    from sklearn.linear_model import LogisticRegression
+
+    unit = max(float(features.std()), 1e-12)
+    fitted = LogisticRegression(C=0.1, max_iter=200).fit(features / unit, label)
+
+    def read(Q: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(Q), REGIONS), np.float32)
+        out[:, fitted.classes_] = np.sqrt(fitted.predict_proba(Q / unit))
+        return out
+
+    return read
 
 # %% ../../nbs/reconstruct/12_atlas.ipynb #e3c8ebd3
 PLAIN = 50  # principal components of plain expression
@@ -37,6 +87,26 @@ class Atlas:
     def __len__(self) -> int:
         "Number of sections."
         return len(self.coords)
+
+    @cached_property
+    def averaged_H(self) -> tuple[np.ndarray, ...]:
+        "`averaged` embeddings of every section."
+        return tuple(averaged(h) for h in self.H)
+
+    @cached_property
+    def averaged_plain(self) -> tuple[np.ndarray, ...]:
+        "`averaged` plain components of every section."
+        return tuple(averaged(p) for p in self.plain)
+
+    @cached_property
+    def regressions(self) -> tuple[Reader, ...]:
+        "`regress` of every section, from plain components."
+        return tuple(regress(p, c) for p, c in zip(self.plain, self.coords))
+
+    @cached_property
+    def partitions(self) -> tuple[Reader, ...]:
+        "`regions` of every section, from embeddings."
+        return tuple(regions(h, partition(c)) for h, c in zip(self.H, self.coords))
 
     def components(self, preprocessor: Preprocessor, table: AnnData) -> np.ndarray:
         "Plain components (n, q) of ONE source with the reference's genes, centred by its own mean."

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from .depth import Evidence, measure_evidence
 from .fusion import LOST, SOURCES, Fusion, confidence
 from .patchwise import Reconstruction, content_order
 from .patchwise import reconstruct as lay_out
-from .rehearsal import Rehearsal, rehearsal_from, rehearse
+from .rehearsal import Rehearsal, Rows, rehearsal_from, rehearse
 from .settings import GearsConfig, profile, training_digest
 
 if TYPE_CHECKING:
@@ -161,10 +162,18 @@ class Fitted:
 # %% ../../nbs/reconstruct/06_facade.ipynb #3bd9f9bb
 def rehearse_all(embedding: Embedding, slides: Sequence[AnnData], atlas: Atlas, models: Sequence[GeometryModel], config: GearsConfig) -> Rehearsal:
     "The rehearsal of what was learned from `slides`."
+
+    def fitted(some: list[AnnData]) -> tuple[Rows, Rows, Atlas]:
+        fold = fit_embedding(some, config.encoder, seed=config.seed, counts=config.counts)[0]
+        part = make_atlas(fold.preprocessor, some, [fold.embed(s) for s in some], seed=config.seed)
+        return fold.embed, partial(part.components, fold.preprocessor), part
+
+    # a network takes as long as all of the rest, so only the learned metric is fitted again
+    refit = fitted if config.encoder.kind == "metric" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GearsWarning)  # about slides that were spoiled on purpose
-        components = lambda table: atlas.components(embedding.preprocessor, table)
-        return rehearse(embedding.embed, components, slides, atlas, models, counts=config.counts, seed=config.seed)
+        components = partial(atlas.components, embedding.preprocessor)
+        return rehearse(embedding.embed, components, slides, atlas, models, refit=refit, counts=config.counts, seed=config.seed)
 
 
 def train_all(reference: Reference, config: GearsConfig, checkpoints: Path) -> Fitted:
@@ -537,7 +546,7 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 5  # 4 had no atlas and no rehearsal
+MODEL_FORMAT = 6  # 4 had no atlas and no rehearsal, 5 four sources fewer
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:

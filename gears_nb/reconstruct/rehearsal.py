@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
-__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'STRANGER', 'spoiled', 'model_distances',
-           'pairs_of', 'Heard', 'one_level', 'fit_weights', 'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
+__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'Rows', 'Refit', 'ENOUGH', 'STRANGER', 'IN_H',
+           'spoiled', 'model_distances', 'pairs_of', 'Fold', 'folds_of', 'Heard', 'one_level', 'fit_weights',
+           'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6e467982
 LEVELS = ((0.0, 1.0), (0.3, 0.6), (0.6, 0.35), (1.0, 0.2), (1.5, 0.1))
@@ -72,9 +73,40 @@ def pairs_of(D: np.ndarray, H: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return np.unique(pairs[pairs[:, 0] < pairs[:, 1]], axis=0)
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #0bebcc7f
+Rows = Callable[["AnnData"], np.ndarray]
+"From a table with the reference's genes to one row per spot."
+Refit = Callable[[list["AnnData"]], tuple[Rows, Rows, Atlas]]
+"From sections to their own embedding, plain components and atlas."
+ENOUGH = 3  # sections from which one can be left out of the embedding as well: two remain
+
+
+@dataclass(frozen=True)
+class Fold:
+    "One asked `section` (its number), and those that it is looked up in: `embed`, `components`, their `atlas`, and `skip` as in `look_up`."
+
+    section: int
+    embed: Rows
+    components: Rows
+    atlas: Atlas
+    skip: int | None
+
+    def shift(self, H: np.ndarray) -> float:
+        "How far embedded spots `H` (m, d) of the section lie from the others, over how far the others lie from each other."
+        single = len(self.atlas) == 1
+        kept = [h for s, h in enumerate(self.atlas.H) if single or s != self.skip]
+        return reach(H, kept, itself=single and self.skip is not None) / max(own_reach(self.atlas.H), 1e-12)
+
+
+def folds_of(embed: Rows, components: Rows, slides: Sequence[AnnData], atlas: Atlas, refit: Refit | None = None) -> list[Fold]:
+    "One fold per section of `slides`; from `ENOUGH` sections the embedding is fitted again without the one that is asked."
+    if refit is None or len(slides) < ENOUGH:
+        return [Fold(s, embed, components, atlas, s) for s in range(len(slides))]
+    return [Fold(s, *refit([t for i, t in enumerate(slides) if i != s]), None) for s in range(len(slides))]
+
+
 @dataclass(frozen=True)
 class Heard:
-    "One piece of a spoiled section: distances `scaled` (E, 6) in one unit, true ones `true` (E,) of `pairs` (E, 2), and `doubt` (n, 5)."
+    "One piece of a spoiled section: distances `scaled` (E, 10) in one unit, true ones `true` (E,) of `pairs` (E, 2), and `doubt` (n, 6)."
 
     scaled: np.ndarray
     true: np.ndarray
@@ -83,7 +115,7 @@ class Heard:
 
 
 def _pieces(models: Sequence[GeometryModel], H: np.ndarray, looked: LookUp, coords: np.ndarray, rng: np.random.Generator) -> list[Heard]:
-    "The pieces of a section with embeddings `H` (n, d), looked up, and true places `coords` (n, 2)."
+    "The pieces of a section with embeddings `H` (n, d) that the models know, looked up, and true places `coords` (n, 2)."
     size = min(PIECE, len(H))
     count = max(1, min(SPOTS, len(H)) // size)
     index = rng.permutation(len(H))[: count * size].reshape(count, size)
@@ -96,20 +128,22 @@ def _pieces(models: Sequence[GeometryModel], H: np.ndarray, looked: LookUp, coor
         out.append(Heard(scaled, true, pairs, doubts(part, scaled, pairs)))
     return out
 
-
-def one_level(embed: Callable[[AnnData], np.ndarray], components: Callable[[AnnData], np.ndarray], slides: Sequence[AnnData], atlas: Atlas,
-              models: Sequence[GeometryModel], level: tuple[float, float], rng: np.random.Generator, counts: bool = True) -> tuple[float, list[Heard]]:
-    "Shift of the sections of `slides`, spoiled by `level`, and what was heard about their pieces."
-    heard, shifts, single = [], [], len(slides) == 1
-    for s, slide in enumerate(slides):
-        table = spoiled(slide, *level, rng, counts)
-        H = embed(table)
-        shifts.append(reach(H, [h for t, h in enumerate(atlas.H) if single or t != s], itself=single))
-        heard += _pieces(models, H, look_up(H, components(table), atlas, skip=s), atlas.coords[s], rng)
-    return float(np.mean(shifts)) / max(own_reach(atlas.H), 1e-12), heard
+# %% ../../nbs/reconstruct/14_rehearsal.ipynb #a7la6001
+def one_level(folds: Sequence[Fold], embed: Rows, slides: Sequence[AnnData], atlas: Atlas, models: Sequence[GeometryModel],
+              level: tuple[float, float], rng: np.random.Generator, counts: bool = True) -> tuple[float, list[Heard]]:
+    "Mean shift of the asked sections, spoiled by `level`, and what was heard about their pieces. `embed` is the embedding that the models know."
+    heard, shifts = [], []
+    for fold in folds:
+        table = spoiled(slides[fold.section], *level, rng, counts)
+        H = fold.embed(table)
+        shifts.append(fold.shift(H))
+        looked = look_up(H, fold.components(table), fold.atlas, skip=fold.skip)
+        heard += _pieces(models, embed(table) if fold.skip is None else H, looked, atlas.coords[fold.section], rng)
+    return float(np.mean(shifts)), heard
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #4c6991d8
 STRANGER = 1.25  # a query's error over that of a spoiled reference section with the same doubts; from the development tissues
+IN_H = [SOURCES.index(name) for name in ("learned", "shared", "balanced", "regions", "embedding")]
 
 
 def _least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -119,16 +153,24 @@ def _least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return nnls(np.c_[columns, np.ones(len(columns))].astype(np.float64), values.astype(np.float64))[0]
 
 
-def fit_weights(heard: Sequence[Heard]) -> np.ndarray:
-    "Weights (6,) of `SOURCES`: those without the model, of which it takes its share of what *learned* and *shared* are worth."
+def fit_weights(heard: Sequence[Heard], refitted: bool = True) -> np.ndarray:
+    """Weights (10,) of `SOURCES`: those without the model, of which it takes its share of what the sources in `H` are worth.
+
+    `refitted`: whether the embedding had not seen the asked sections. If it had, *regions* and *embedding* look too good, and *own*, which remembers nothing, has no
+    fair rivals: none of the three gets a weight."""
     columns, true = np.concatenate([h.scaled for h in heard]), np.concatenate([h.true / h.true.mean() for h in heard])
-    every, rest = _least_squares(columns, true)[:-1], _least_squares(columns[:, 1:], true)[:-1]
-    share = every[0] / max(every[:3].sum(), 1e-12)  # model, learned, shared
-    return np.r_[share * rest[:2].sum(), (1 - share) * rest[:2], rest[2:]]
+    kept = len(SOURCES) if refitted else SOURCES.index("regions")
+    every, rest = (np.zeros(len(SOURCES)) for _ in range(2))
+    every[:kept] = _least_squares(columns[:, :kept], true)[:-1]
+    rest[1:kept] = _least_squares(columns[:, 1:kept], true)[:-1]
+    share = every[0] / max(every[[0, *IN_H]].sum(), 1e-12)
+    out = rest.copy()
+    out[0], out[IN_H] = share * rest[IN_H].sum(), (1 - share) * rest[IN_H]
+    return out
 
 
 def fit_error(levels: Sequence[Sequence[Heard]]) -> np.ndarray:
-    "Coefficients (5 + 1,) of a spot's mean absolute error on its `DOUBTS` and a constant, over all levels."
+    "Coefficients (6 + 1,) of a spot's mean absolute error on its `DOUBTS` and a constant, over all levels."
     doubt, error = [], []
     for heard in levels:
         known = _least_squares(np.concatenate([h.scaled[:, 1:] for h in heard]), np.concatenate([h.true / h.true.mean() for h in heard]))
@@ -141,14 +183,14 @@ def fit_error(levels: Sequence[Sequence[Heard]]) -> np.ndarray:
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6cc54264
 @dataclass(frozen=True)
 class Rehearsal:
-    "What the reference tells about trust: per level the `shift` and `weights` of `SOURCES` (6,), and `error` (6,) from `DOUBTS` and 1 to an expected error."
+    "What the reference tells about trust: per level the `shift` and `weights` of `SOURCES` (10,), and `error` (7,) from `DOUBTS` and 1 to an expected error."
 
     shift: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     error: tuple[float, ...]
 
     def weights_at(self, shift: float) -> np.ndarray:
-        "Weights (6,) for a query at `shift`, interpolated on the logarithm; those of level `LEAST` for a nearer one, of the last for a farther one."
+        "Weights (10,) for a query at `shift`, interpolated on the logarithm; those of level `LEAST` for a nearer one, of the last for a farther one."
         levels, known = np.arange(len(self.shift)), np.maximum.accumulate(np.maximum(self.shift, 1e-6))
         known = known * (1 + 1e-9 * levels)  # levels that do not differ in shift keep their order
         level = max(LEAST, np.interp(np.log(max(shift, 1e-6)), np.log(known), levels))
@@ -172,9 +214,11 @@ def rehearsal_from(record: dict[str, Any]) -> Rehearsal:
     return out
 
 
-def rehearse(embed: Callable[[AnnData], np.ndarray], components: Callable[[AnnData], np.ndarray], slides: Sequence[AnnData], atlas: Atlas,
-             models: Sequence[GeometryModel], *, counts: bool = True, seed: int = 0) -> Rehearsal:
-    "All levels, on reference `slides` with genes matched, in the order of the atlas. `embed` and `components` take one table to rows."
-    runs = [one_level(embed, components, slides, atlas, models, level, np_rng(seed, "rehearsal", i), counts) for i, level in enumerate(LEVELS)]
-    weights = [tuple(map(float, fit_weights(heard))) for _, heard in runs]
+def rehearse(embed: Rows, components: Rows, slides: Sequence[AnnData], atlas: Atlas, models: Sequence[GeometryModel], *, refit: Refit | None = None,
+             counts: bool = True, seed: int = 0) -> Rehearsal:
+    "All levels, on reference `slides` with genes matched, in the order of the atlas. `embed` and `components` take one table to rows; `refit` does it anew for fewer sections."
+    folds = folds_of(embed, components, slides, atlas, refit)
+    runs = [one_level(folds, embed, slides, atlas, models, level, np_rng(seed, "rehearsal", i), counts) for i, level in enumerate(LEVELS)]
+    refitted = all(fold.skip is None for fold in folds)
+    weights = [tuple(map(float, fit_weights(heard, refitted))) for _, heard in runs]
     return Rehearsal(tuple(shift for shift, _ in runs), tuple(weights), tuple(map(float, fit_error([heard for _, heard in runs]))))
