@@ -137,6 +137,8 @@ def run(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     if job.get("memory_gb"):
         resource.setrlimit(resource.RLIMIT_DATA, (int(job["memory_gb"] * 2**30),) * 2)
+    if job.get("cpu_limit"):
+        resource.setrlimit(resource.RLIMIT_CPU, (int(job["cpu_limit"]), resource.getrlimit(resource.RLIMIT_CPU)[1]))
     reference, query = (anndata.read_h5ad(folder / f"{name}.h5ad") for name in ("reference", "query"))
     assert not list(query.obsm) and not list(query.obs.columns), "the query must hold expression only"
     R, coords, Q = dense(reference.X), np.asarray(reference.obsm["spatial"], np.float64), dense(query.X)
