@@ -105,6 +105,12 @@ def test_memory_limit_is_a_row(fake, question, tissue):
     assert "Unable to allocate" in row["failed"]
 
 
+def test_memory_of_a_tool_is_its_own():
+    held = np.ones(2**27)  # a gigabyte that the process which asks holds
+    told = subprocess.run([sys.executable, "-c", "from gears_nb.benchmark.adapters import peak_mb; print(peak_mb())"], capture_output=True, text=True, check=True)
+    assert held.nbytes == 2**30 and 5 < float(told.stdout) < (800 if sys.platform == "linux" else 2000)
+
+
 def test_limit_of_cpu_seconds_is_a_row(fake, question, tissue):
     row = peer_row(fake("busy"), question, tissue[1].obsm["spatial"], protocol="sim", dataset="tiny", cpu_limit=1)
     assert row["failed"] == "stopped after 1 CPU seconds"
