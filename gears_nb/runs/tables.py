@@ -114,8 +114,8 @@ def distance_lines(rows: Sequence[Mapping[str, Any]], distances: Sequence[Mappin
         by_name.setdefault((row["dataset"], row["method"]), []).append(row["spearman"])
     lines = [f"| task | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
     for task in dict.fromkeys(row["dataset"] for row in rows):
-        pairs = [[by_name.get((task, name)) for name in (method, method + ending)] for method in methods]
-        texts = [", ".join(_pair(*(sum(found) / len(found) for found in pair), 2, higher=True)) if all(pair) else "" for pair in pairs]
+        pairs = [(by_name.get((task, method)), by_name.get((task, method + ending))) for method in methods]
+        texts = [", ".join(_pair(sum(a) / len(a), sum(b) / len(b), 2, higher=True)) if a and b else "" for a, b in pairs]
         lines.append(f"| {task} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
