@@ -290,10 +290,10 @@ def test_front_table_shows_every_task_and_losses_first():
 
 
 def test_page_of_tables_is_of_the_rows_on_file():
-    from gears_nb.runs.tables import contest_table, standing_table
+    from gears_nb.runs.tables import contest_table, distance_table, standing_table
     outputs = [o for c in json.loads((NBS / "runs/10_tables.ipynb").read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
     shown = ["".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", {})]
-    assert shown == [standing_table(), contest_table()], "run `make readme`"
+    assert shown == [standing_table(), contest_table(), distance_table()], "run `make readme`"
 
 
 # ---------------------------------------------------------------- what people expect beside the code

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from gears_nb.benchmark import adapters, own, peers
-from gears_nb.benchmark.peers import PEERS, Peer, PeerFailed, ask, install_peer, peer_row, pooled, read_pins
+from gears_nb.benchmark.peers import PEERS, Peer, PeerFailed, ask, install_peer, peer_row, peer_rows, pooled, read_pins
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
 
@@ -31,7 +31,7 @@ BODIES = {
     "good": "np.savez('answer.npz', positions=places + job['seed'], **cost)",
     "weights": "np.savez('answer.npz', positions=places, variance=np.full(n, 4.0), index=np.tile([1, 0], (n, 1)), weight=np.tile([.75, .25], (n, 1)), **cost)",
     "crash": "print('noise', file=sys.stderr); raise ValueError('the plan is\\nnot finite')",
-    "mute": "sys.exit(3)", "killed": "os.kill(os.getpid(), 9)", "slow": "time.sleep(60)", "silent": "pass",
+    "mute": "sys.exit(3)", "killed": "os.kill(os.getpid(), 9)", "slow": "time.sleep(60)", "busy": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (int(job['cpu_limit']) + 2, -1)) or [None for _ in iter(int, 1)]", "silent": "pass",
     "shape": "np.savez('answer.npz', positions=places[:-1], **cost)", "text": "open('answer.npz', 'w').write('no archive')",
     "objects": "np.savez('answer.npz', positions=np.array([{}] * n), **cost)", "nan": "np.savez('answer.npz', positions=places * np.nan, **cost)",
     "keys": "np.savez('answer.npz', places=places)",
@@ -103,6 +103,28 @@ def test_a_failure_is_a_row(name, fake, question, tissue):
 def test_memory_limit_is_a_row(fake, question, tissue):
     row = peer_row(fake("hungry"), question, tissue[1].obsm["spatial"], protocol="sim", dataset="tiny", memory_gb=2.0)
     assert "Unable to allocate" in row["failed"]
+
+
+def test_memory_of_a_tool_is_its_own():
+    held = np.ones(2**27)  # a gigabyte that the process which asks holds
+    told = subprocess.run([sys.executable, "-c", "from gears_nb.benchmark.adapters import peak_mb; print(peak_mb())"], capture_output=True, text=True, check=True)
+    assert held.nbytes == 2**30 and 5 < float(told.stdout) < (800 if sys.platform == "linux" else 2000)
+
+
+def test_limit_of_cpu_seconds_is_a_row(fake, question, tissue):
+    row = peer_row(fake("busy"), question, tissue[1].obsm["spatial"], protocol="sim", dataset="tiny", cpu_limit=1)
+    assert row["failed"] == "stopped after 1 CPU seconds"
+
+
+def test_weights_give_a_row_of_distances(fake, question, tissue):
+    truth = tissue[1].obsm["spatial"].astype(float)
+    truth[:30] = np.nan
+    about = dict(protocol="sim", dataset="tiny", seed=1)
+    places, apart = peer_rows(fake("weights"), question, truth, **about)
+    assert apart["method"] == "weights:distances" and apart["n_scored"] == places["n_scored"] and "trust20" not in apart
+    assert apart["spearman"] == pytest.approx(places["spearman"], abs=1e-3) and apart["stress1"] != pytest.approx(places["stress1"], abs=1e-3)
+    assert [row["method"] for row in peer_rows(fake("good"), question, truth, **about)] == ["good"]
+    assert ["failed" in row for row in peer_rows(fake("mute"), question, truth, **about)] == [True]
 
 
 def test_time_limit_ends_the_process(fake, question):

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SMOOTHING', 'MIN_FIT', 'PAIRS', 'Method', 'METHODS', 'BASELINES', 'centred_features', 'smoothed', 'knn_positions',
-           'Registration', 'register', 'common_frame', 'principal_components', 'Prepared', 'prepare', 'knn',
-           'smoothed_knn', 'ridge', 'krr', 'extratrees', 'mlp', 'transport_positions', 'ot', 'pca2', 'random_disc',
-           'oracle_nearest_spot', 'BaselineRun', 'run_baselines']
+__all__ = ['SMOOTHING', 'MIN_FIT', 'VARIANCES', 'PAIRS', 'Method', 'METHODS', 'BASELINES', 'centred_features', 'smoothed',
+           'knn_positions', 'Registration', 'register', 'common_frame', 'principal_components', 'Prepared', 'prepare',
+           'knn', 'smoothed_knn', 'knn_variance', 'ridge', 'krr', 'extratrees', 'mlp', 'transport_positions', 'ot',
+           'pca2', 'random_disc', 'oracle_nearest_spot', 'BaselineRun', 'run_baselines']
 
 # %% ../../nbs/benchmark/02_baselines.ipynb #574efb0f
 def _is_counts(adata: AnnData) -> bool:
@@ -170,6 +170,21 @@ def smoothed_knn(task: Prepared, seed: int = 0, *, k: int = 20) -> np.ndarray:
     "The same on smoothed features: the plain method to beat."
     reference, query = task.smooth
     return knn_positions(query, reference, task.coords, k)
+
+# %% ../../nbs/benchmark/02_baselines.ipynb #8238537e
+def knn_variance(query: np.ndarray, reference: np.ndarray, coords: np.ndarray, k: int) -> np.ndarray:
+    "Mean squared distance (n,) of the places of the k nearest of `reference` (m, g) from their mean, `knn_positions`."
+    index = knn_between(query, reference, k, metric="cosine")[1]
+    return coords[index].var(1).sum(-1)
+
+
+VARIANCES: Mapping[str, Callable[[Prepared], np.ndarray]] = {
+    "knn5": lambda task: knn_variance(task.query, task.reference, task.coords, 5),
+    "knn20": lambda task: knn_variance(task.query, task.reference, task.coords, 20),
+    "smoothed_knn20": lambda task: knn_variance(*task.smooth[::-1], task.coords, 20),
+}
+"Name of a mapping to function (Prepared) -> variance (n,) of each cell's place under its weights."
+
 
 # %% ../../nbs/benchmark/02_baselines.ipynb #46f24a73
 def _draw(count: int, most: int, seed: int, *names: str) -> np.ndarray:

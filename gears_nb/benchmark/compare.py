@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['UNRANKED', 'score_row', 'distance_scores', 'task_names', 'tidy', 'mean_rank', 'mean_rank_all', 'table', 'RiskCurve',
-           'risk_coverage']
+__all__ = ['UNRANKED', 'APART', 'score_row', 'distance_scores', 'distance_row', 'task_names', 'tidy', 'mean_rank',
+           'mean_rank_all', 'table', 'RiskCurve', 'risk_coverage']
 
 # %% ../../nbs/benchmark/03_compare.ipynb #95ca17ae
 UNRANKED = ("nearest_spot",)
@@ -50,6 +50,27 @@ def distance_scores(d_hat: np.ndarray, true: np.ndarray) -> dict[str, float]:
     auc, bap = edge_scores(d_hat, d <= radius, ranked)
     return {"spearman": pearson(ranked.mean, ranks(d).mean), "pearson": pearson(d_hat, d), "stress1": stress1(d_hat, d, scaled=True), "edge_auc": auc, "bap": bap,
             "shell_f1": shell_f1(d_hat, d, radius)}
+
+# %% ../../nbs/benchmark/03_compare.ipynb #35432b72
+APART = ":distances"
+"Ending of the name of a row of expected distances."
+
+
+def distance_row(pred: np.ndarray, variance: np.ndarray, true: np.ndarray, *, protocol: str, dataset: str, method: str, seed: int = 0,
+                 version: str | None = None, max_cells: int = 3000) -> dict[str, Any]:
+    """The row `method:distances` of expected distances, on the cells by which `score_row` scores the places.
+
+    pred: (n, 2) mean places, NaN for cells without one; variance: (n,) mean squared distance of a cell from its mean place, in the unit of `pred`; true: (n, 2).
+    """
+    if version is None:
+        from gears_nb import __version__ as version
+    cells = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(pred).all(1)))[:max_cells]
+    i, j = np.triu_indices(len(cells), 1)
+    v = np.asarray(variance, np.float64)[cells]
+    d_hat = np.sqrt(pdist(np.asarray(pred, np.float64)[cells], "sqeuclidean") + v[i] + v[j])
+    d_hat /= np.sqrt(np.square(d_hat).mean())
+    head = {"protocol": protocol, "dataset": dataset, "method": method + APART, "version": version, "seed": seed}
+    return head | distance_scores(d_hat, np.asarray(true)[cells]) | {"n_scored": float(len(cells))}
 
 # %% ../../nbs/benchmark/03_compare.ipynb #f6317c32
 def task_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .baselines import METHODS, Prepared, common_frame, knn_positions, prepare
+from .baselines import METHODS, Prepared, common_frame, knn_positions, knn_variance, prepare
 from .compare import mean_rank, score_row, table
 from .peers import PEERS, Question, peer_row, pooled
 from ..core.errors import InputError, option
@@ -35,18 +35,27 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.settings import GearsConfig
 
 # %% auto #0
-__all__ = ['OURS', 'DEFAULT', 'atlas_positions', 'true_places', 'blind', 'method_names', 'Contest', 'places', 'method_row',
-           'run_contest', 'in_order', 'text_table', 'write_rows', 'report_page']
+__all__ = ['OURS', 'DEFAULT', 'atlas_mapping', 'atlas_positions', 'true_places', 'blind', 'method_names', 'Contest', 'places',
+           'method_row', 'run_contest', 'in_order', 'text_table', 'write_rows', 'report_page']
 
 # %% ../../nbs/benchmark/08_own_data.ipynb #4ba7583e
-def atlas_positions(atlas: Atlas, H: np.ndarray, k: int = 20) -> np.ndarray:
-    "Places (n, 2) of embeddings H (n, d) from the k most similar spots of every section; NaN for rows without an embedding."
+def atlas_mapping(atlas: Atlas, H: np.ndarray, k: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Places (n, 2) of embeddings H (n, d) from the k most similar spots of every section, and their variance (n,): the mean squared distance of those spots from the place.
+
+    NaN for rows without an embedding."""
     placed = np.isfinite(H).all(1)
     coords, fits = common_frame(atlas.coords, atlas.H, H[placed])
-    answers = [knn_positions(H[placed], atlas.H[f.slide], coords[f.slide], k) for f in fits if f.used]
-    out = np.full((len(H), 2), np.nan)
-    out[placed] = np.mean(answers, axis=0)
-    return out
+    ask = lambda mapped: np.array([mapped(H[placed], atlas.H[f.slide], coords[f.slide], k) for f in fits if f.used])
+    answers, within = ask(knn_positions), ask(knn_variance)
+    places, variance = np.full((len(H), 2), np.nan), np.full(len(H), np.nan)
+    places[placed] = answers.mean(0)
+    variance[placed] = within.mean(0) + answers.var(0).sum(-1)
+    return places, variance
+
+
+def atlas_positions(atlas: Atlas, H: np.ndarray, k: int = 20) -> np.ndarray:
+    "Places (n, 2) of `atlas_mapping`."
+    return atlas_mapping(atlas, H, k)[0]
 
 # %% ../../nbs/benchmark/08_own_data.ipynb #f63d795e
 def true_places(query: AnnData, source: str = "cells", *, plane: str | None = None, slide_key: str | None = None) -> np.ndarray:

@@ -27,7 +27,7 @@ import scipy.sparse as sp
 
 from . import adapters
 from .baselines import prepare
-from .compare import score_row
+from .compare import distance_row, score_row
 from ..core.errors import GearsWarning, InputError
 from ..core.locks import alone
 from ..core.store import atomic_path, content_digest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PEERS', 'Peer', 'read_pins', 'find_peer', 'PeerFailed', 'install_peer', 'Question', 'pooled', 'write_question',
-           'PeerRun', 'read_answer', 'ask', 'run_peer', 'peer_row']
+           'PeerRun', 'read_answer', 'ask', 'run_peer', 'peer_rows', 'peer_row']
 
 # %% ../../nbs/benchmark/07_peers.ipynb #40f5c7fc
 @dataclass(frozen=True)
@@ -171,13 +171,13 @@ def pooled(reference: Sequence[AnnData], query: AnnData, min_genes: int = 20) ->
     return Question(sp.vstack(values[:-1], format="csr"), task.coords, values[-1], all(fractional_share(table.X) == 0 for table in (*reference, query)))
 
 
-def write_question(question: Question, folder: Path, tool: str, seed: int, memory_gb: float | None = None) -> None:
+def write_question(question: Question, folder: Path, tool: str, seed: int, memory_gb: float | None = None, cpu_limit: float | None = None) -> None:
     "Write `reference.h5ad` (places in `obsm['spatial']`), `query.h5ad` and `job.json` into `folder`."
     reference, query = adapters.table(question.reference), adapters.table(question.query)
     reference.obsm["spatial"] = question.coords
     for name, table in (("reference", reference), ("query", query)):
         table.write_h5ad(folder / f"{name}.h5ad")
-    job = {"tool": tool, "seed": seed, "counts": question.counts, "memory_gb": memory_gb}
+    job = {"tool": tool, "seed": seed, "counts": question.counts, "memory_gb": memory_gb, "cpu_limit": cpu_limit}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
 # %% ../../nbs/benchmark/07_peers.ipynb #c3f7ea9e
@@ -241,8 +241,8 @@ def _group(peer: Peer, folder: Path, log: Any) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def _answered(peer: Peer, folder: Path, timeout: float) -> None:
-    "Run the adapter in `folder`. Raises `PeerFailed` unless it ended well within `timeout` wall seconds."
+def _answered(peer: Peer, folder: Path, timeout: float, cpu_limit: float | None) -> None:
+    "Run the adapter in `folder`. Raises `PeerFailed` unless it ended well within `timeout` wall and `cpu_limit` CPU seconds."
     shutil.copy(peer.adapter, folder)
     with open(folder / "errors.txt", "w+", encoding="utf-8", errors="replace") as log:
         with _group(peer, folder, log) as process:
@@ -253,18 +253,20 @@ def _answered(peer: Peer, folder: Path, timeout: float) -> None:
         log.seek(0)
         said = log.read()
     if code < 0:
-        raise PeerFailed(f"ended by signal {-code} ({signal.Signals(-code).name})")
+        name = signal.Signals(-code).name
+        raise PeerFailed(f"stopped after {cpu_limit:.0f} CPU seconds" if cpu_limit and name == "SIGXCPU" else f"ended by signal {-code} ({name})")
     if code:
         raise PeerFailed(_last_line(said, f"ended with exit code {code}"))
 
 # %% ../../nbs/benchmark/07_peers.ipynb #6720b82b
-def ask(peer: Peer, question: Question, seed: int = 0, timeout: float = 3600.0, memory_gb: float | None = None) -> PeerRun:
-    "The answer of a tool. `timeout`: wall seconds; `memory_gb`: it fails beyond that. Raises `PeerFailed`."
+def ask(peer: Peer, question: Question, seed: int = 0, timeout: float = 3600.0, memory_gb: float | None = None,
+        cpu_limit: float | None = None) -> PeerRun:
+    "The answer of a tool. `timeout`: wall seconds; `memory_gb`, `cpu_limit` (CPU seconds): it fails beyond that. Raises `PeerFailed`."
     if not peer.installed:
         raise PeerFailed(f"not installed: gears peers install {peer.name}")
     with tempfile.TemporaryDirectory(prefix="peer-") as folder:
-        write_question(question, Path(folder), peer.name, seed, memory_gb)
-        _answered(peer, Path(folder), timeout)
+        write_question(question, Path(folder), peer.name, seed, memory_gb, cpu_limit)
+        _answered(peer, Path(folder), timeout, cpu_limit)
         return read_answer(Path(folder) / "answer.npz", question.query.shape[0], question.reference.shape[0])
 
 
@@ -274,15 +276,22 @@ def run_peer(name: str | Peer, reference: Sequence[AnnData], query: AnnData, see
     return ask(find_peer(name) if isinstance(name, str) else name, pooled(reference, query, min_genes), seed, timeout, memory_gb)
 
 # %% ../../nbs/benchmark/07_peers.ipynb #21277fd9
-def peer_row(peer: Peer, question: Question, truth: np.ndarray, *, protocol: str, dataset: str, seed: int = 0, timeout: float = 3600.0,
-             memory_gb: float | None = None) -> dict[str, Any]:
-    "The score row of a tool against `truth` (n, 2; NaN: not scored); or who, where, and why not, as `failed`. Never raises for what the tool did."
-    head = {"protocol": protocol, "dataset": dataset, "method": peer.name, "version": peer.version, "seed": seed}
+def peer_rows(peer: Peer, question: Question, truth: np.ndarray, *, protocol: str, dataset: str, seed: int = 0, timeout: float = 3600.0,
+              memory_gb: float | None = None, cpu_limit: float | None = None) -> list[dict[str, Any]]:
+    """The score row of a tool against `truth` (n, 2; NaN: not scored) and, where it gives weights, that of its expected distances.
+
+    Or one row: who, where, and why not, as `failed`. Never raises for what the tool did."""
+    about: dict[str, Any] = {"protocol": protocol, "dataset": dataset, "method": peer.name, "version": peer.version, "seed": seed}
     known = np.isfinite(truth).all(1)
     try:
-        run = ask(peer, question, seed, timeout, memory_gb)
-        row = score_row(run.X[known], truth[known], protocol=protocol, dataset=dataset, method=peer.name, seed=seed, seconds=run.seconds,
-                        peak_rss_mb=run.peak_rss_mb, version=peer.version)
+        run = ask(peer, question, seed, timeout, memory_gb, cpu_limit)
+        row = score_row(run.X[known], truth[known], seconds=run.seconds, peak_rss_mb=run.peak_rss_mb, **about)
     except (PeerFailed, InputError) as error:  # no answer, or one that cannot be scored
-        return head | {"failed": " ".join(str(error).split())}
-    return row | {"process_seconds": run.process_seconds, "wall_seconds": run.wall_seconds}
+        return [about | {"failed": " ".join(str(error).split())}]
+    row |= {"process_seconds": run.process_seconds, "wall_seconds": run.wall_seconds}
+    return [row] if run.variance is None else [row, distance_row(run.X[known], run.variance[known], truth[known], **about)]
+
+
+def peer_row(peer: Peer, question: Question, truth: np.ndarray, **about: Any) -> dict[str, Any]:
+    "The first of `peer_rows`: the places, or the failure."
+    return peer_rows(peer, question, truth, **about)[0]

@@ -16,7 +16,7 @@ from ..lab.results import figures_root, load_results
 
 # %% auto #0
 __all__ = ['NOTHING', 'Standing', 'standings', 'front_table', 'contest_rows', 'losses', 'standing_table', 'wins_and_losses',
-           'contest_table', 'draw_front', 'draw_again', 'main']
+           'contest_table', 'distance_lines', 'distance_table', 'draw_front', 'draw_again', 'main']
 
 # %% ../../nbs/runs/10_tables.ipynb #127e2232
 @dataclass(frozen=True)
@@ -103,6 +103,28 @@ def contest_table() -> str:
         return NOTHING
     ranks = mean_rank(rows)
     return "\n\n".join([wins_and_losses(ranks), *(f"### {task}\n\n{table(rows, task)}" for task in ranks)])
+
+# %% ../../nbs/runs/10_tables.ipynb #6b945451
+def distance_lines(rows: Sequence[Mapping[str, Any]], distances: Sequence[Mapping[str, Any]]) -> str:
+    "A line per task in Markdown: Spearman of the places and of the expected distances of every method that has both, the better one bold; means over seeds."
+    ending = ":distances"
+    methods = list(dict.fromkeys(row["method"].removesuffix(ending) for row in distances))
+    by_name: dict[tuple[str, str], list[float]] = {}
+    for row in (*rows, *distances):
+        by_name.setdefault((row["dataset"], row["method"]), []).append(row["spearman"])
+    lines = [f"| task | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
+    for task in dict.fromkeys(row["dataset"] for row in rows):
+        pairs = [(by_name.get((task, method)), by_name.get((task, method + ending))) for method in methods]
+        texts = [", ".join(_pair(sum(a) / len(a), sum(b) / len(b), 2, higher=True)) if a and b else "" for a, b in pairs]
+        lines.append(f"| {task} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def distance_table() -> str:
+    "Spearman of places and of expected distances on file; one sentence when there are none."
+    record = load_results().get("benchmark/table1")
+    found = record["metrics"].get("distances") if record else None
+    return distance_lines(contest_rows(), found) if record and found else "No expected distances on file yet; `gears run benchmark/table1` makes them."
 
 # %% ../../nbs/runs/10_tables.ipynb #b47bb596
 def draw_front(record: Mapping[str, Any]) -> Any:
