@@ -40,7 +40,7 @@ QUICK = {"epochs": 3, "batch": 64, "width": (16,), "dim": 8, "lr": 3e-3, "positi
 
 def quick(name: str) -> dict:
     "Seconds of training; a stem has to fit into the few dimensions."
-    return QUICK | ({"stem": 4} if name == "network" else {})
+    return QUICK | ({"stem": 4} if name == "network" else {"cells": [cells()]} if name == "kdd" else {})
 
 
 def section(seed: int, n: int = 90, g: int = 30, shift: float = 0.0, name: str = "s") -> AnnData:
@@ -61,6 +61,13 @@ def slides() -> list[AnnData]:
     return [section(s, n=70 + 20 * s, shift=0.5, name=f"s{s}") for s in range(3)]
 
 
+def cells(n: int = 80) -> AnnData:
+    "Dissociated cells: a section without places, and with an effect of its own."
+    adata = section(7, n=n, shift=1.0, name="sc")
+    del adata.obsm["spatial"]
+    return adata
+
+
 def dealer(slides: list[AnnData], **changes) -> Dealer:
     config = dataclasses.replace(NetworkConfig(), **{"batch": 64, "positives": 6, **changes})
     prep = Preprocessor.fit(slides, slide_key=None)
@@ -74,7 +81,7 @@ def test_presets_differ_where_the_log_says_and_nowhere_else():
     base = dataclasses.asdict(PRESETS["v3"])
     changes = {name: {k for k, v in dataclasses.asdict(config).items() if v != base[k]} for name, config in PRESETS.items()}
     assert changes == {"v3": set(), "v4": {"coral_weight"}, "v5": {"centred"}, "vicreg_only": {"nce_weight"},
-                       "kdd": {"nce_weight", "scale_weight", "adversary_weight"},
+                       "kdd": {"nce_weight", "scale_weight", "adversary_weight", "adversary", "adversary_warmup"},
                        "network": {"centred", "context", "stem", "gene_gain", "dropout", "n_hvg", "scale_weight", "inv_warmup"}}
     assert base["nce_weight"] == base["scale_weight"] == 5.0 and base["train"]["lr"] == 1e-4 and base["train"]["epochs"] == 1200
     assert base["lambda_var"] == 50.0 and base["inv_warmup"] == 0.3 and base["width"] == (512, 256) and base["dim"] == 128
@@ -309,7 +316,8 @@ LOSSES = {"v3": (81.896797, 80.225766), "v4": (82.104591, 80.528048), "v5": (81.
 def test_the_stack_that_presets_share_with_the_network_leaves_their_numbers_alone(name):
     "Losses of two passes as they were before presets and network became one stack; the tolerance is for other processors."
     slides = simulate("tiny", seed=0).slides[:-1]
-    assert fit_preset(name, slides, epochs=2, batch=64).history.column("loss") == pytest.approx(LOSSES[name], rel=1e-5)
+    as_it_was = {"adversary": "slide", "adversary_warmup": 0.0} if name == "kdd" else {}
+    assert fit_preset(name, slides, epochs=2, batch=64, **as_it_was).history.column("loss") == pytest.approx(LOSSES[name], rel=1e-5)
 
 
 def test_context_and_stem_are_options_of_the_same_network(slides):
@@ -321,6 +329,48 @@ def test_context_and_stem_are_options_of_the_same_network(slides):
     np.testing.assert_allclose(H[:, :3], with_stem.encoder.stem(X), atol=1e-5)
     critic = fit_preset("network", slides, **quick("network") | {"adversary_weight": 1.0, "coral_weight": 1.0, "mmd_weight": 1.0})
     assert {"adversary", "coral", "mmd"} <= set(critic.history.rows[0])  # alignment acts on the learned half
+
+
+# the critic of kinds ------------------------------------------------------------------------------------------------------
+
+
+def test_a_critic_of_kinds_wants_both_kinds(slides):
+    with pytest.raises(InputError, match="adversary.*one kind"):
+        fit_preset("kdd", slides, **QUICK)
+    assert "adversary" in fit_preset("kdd", slides, **QUICK, adversary="slide").history.rows[0]
+
+
+def test_cells_need_no_places_and_their_places_are_not_read(slides):
+    bare, placed = cells(), cells()
+    placed.obsm["spatial"] = np.random.default_rng(0).random((placed.n_obs, 2))
+    first, second = (fit_preset("v5", slides, cells=[c], **QUICK).embed(slides) for c in (bare, placed))
+    assert all(np.array_equal(a, b) for a, b in zip(first, second))  # with InfoNCE: cells are in no pair
+
+
+def test_only_the_encoder_feels_the_warm_up(slides):
+    mixed = dealer([*slides, section(7, n=80)], adversary_weight=1.0, adversary="kind", adversary_warmup=0.5, width=(16,), dim=8)
+    mixed.places[-1], mixed.cells = presets.Scattered(80), torch.tensor([0, 0, 0, 1])
+    batch = next(mixed.epoch(torch_rng(0)))
+    assert torch.equal(batch["kind"], (batch["slide"] == 3).long()) and (batch["positive"][-1] == -1).all() and not batch["far"][-1].any()
+    torch.manual_seed(0)
+    student = presets._Student(presets.new_encoder(mixed.config, 30), 2, mixed.config)
+    slope = {}
+    for progress in (0.0, 0.25, 0.5, 0.9):
+        loss = presets.critic_loss(student, torch.full((len(batch["x"]), 8), np.nan), batch, mixed.config, progress)  # the augmented view plays no part
+        slope[progress] = torch.autograd.grad(loss, [student.encoder.body[0].weight, student.critic.body[0].weight])
+    assert not slope[0.0][0].any() and torch.allclose(slope[0.25][0], slope[0.5][0] / 2) and torch.equal(slope[0.5][0], slope[0.9][0])
+    assert all(torch.equal(slope[0.0][1], s[1]) for s in slope.values())
+
+
+def test_the_critic_mixes_spots_and_cells():
+    some = [section(0, n=120), section(1, n=120)]
+    from gears_nb.encoder.probes import slide_accuracy
+    longer = QUICK | {"epochs": 60, "cells": [cells(120)], "noise": 0.0, "gene_dropout": 0.1}
+    told = {}
+    for weight in (0.0, 20.0):
+        H = fit_preset("kdd", some, **longer, adversary_weight=weight).embed([*some, cells(120)])
+        told[weight] = slide_accuracy(np.concatenate(H), ["spots"] * 240 + ["cells"] * 120)
+    assert told[20.0] < told[0.0]
 
 
 def test_infonce_is_what_brings_physical_neighbours_together():
@@ -402,7 +452,7 @@ def dies_in_step(monkeypatch, step: int):
 
 @pytest.mark.parametrize(("name", "step"), [("v5", 0), ("v5", 5), ("v4", 13), ("kdd", 18)])
 def test_killed_and_resumed_gives_the_numbers_of_an_uninterrupted_run(name, step, slides, tmp_path, monkeypatch):
-    settings = QUICK | {"epochs": 5, "dropout": 0.1, "inv_warmup": 0.4}  # 4 batches to an epoch
+    settings = QUICK | {"epochs": 5, "dropout": 0.1, "inv_warmup": 0.4} | ({"cells": [cells(10)]} if name == "kdd" else {})  # 4 batches to an epoch
     whole = fit_preset(name, slides, seed=7, **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         dies_in_step(patch, step)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PRESETS', 'DENSE_ENTRIES', 'preset_config', 'Rows', 'log_rows', 'encoder_rows', 'Places', 'Dealer', 'coins',
-           'windows', 'two_views', 'alignment_terms', 'infonce_by_slide', 'encoder_loss', 'fit_encoder', 'encode',
-           'Preset', 'packed', 'unpacked', 'encoder_from', 'fit_preset']
+__all__ = ['PRESETS', 'DENSE_ENTRIES', 'preset_config', 'Rows', 'log_rows', 'encoder_rows', 'Places', 'Scattered', 'Dealer',
+           'coins', 'windows', 'two_views', 'critic_loss', 'alignment_terms', 'infonce_by_slide', 'encoder_loss',
+           'fit_encoder', 'encode', 'Preset', 'packed', 'unpacked', 'encoder_from', 'fit_preset']
 
 # %% ../../nbs/encoder/05_presets.ipynb #0244b8af
 PRESETS: dict[str, NetworkConfig] = {
@@ -44,7 +44,7 @@ PRESETS: dict[str, NetworkConfig] = {
     "v4": NetworkConfig(coral_weight=2.0),  # v3, slides aligned while training
     "v5": NetworkConfig(centred=True),  # Design A: v3 on centred input
     "vicreg_only": NetworkConfig(nce_weight=0.0),  # v3 without the tissue (H4)
-    "kdd": NetworkConfig(nce_weight=0.0, scale_weight=0.0, adversary_weight=1.0),  # the paper's encoder
+    "kdd": NetworkConfig(nce_weight=0.0, scale_weight=0.0, adversary_weight=1.0, adversary="kind", adversary_warmup=1.0),  # the paper's encoder; wants cells too
     "network": NetworkConfig(centred=True, context=30, stem=64, gene_gain=0.2, dropout=0.1, n_hvg=1000, scale_weight=0.0, inv_warmup=0.0),  # v5 with context and stem
 }
 "The log's encoders and ours, each by its differences from v3."
@@ -130,12 +130,27 @@ class Places:
         rank = torch.randperm(int(tile.max()) + 1, generator=rng)[tile]
         return torch.argsort(rank + 0.5 * torch.rand(len(rank), generator=rng))
 
+
+class Scattered:
+    "A source of `count` cells without places: dealt in random order, and never in pairs."
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def tiles(self, size: int, rng: torch.Generator) -> Tensor:
+        "All cells `(n,)` in random order; `size` is that of `Places.tiles`."
+        return torch.randperm(self.count, generator=rng)
+
+
 # %% ../../nbs/encoder/05_presets.ipynb #d997173f
 class Dealer:
-    "Deals the spots of several slides into batches: `x` `(b, g)`, `slide` `(b,)`, and per slide `positive` `(b_s,)` and `far` `(b_s, b_s)`."
+    """Deals the spots of several slides (and cells without places) into batches: `x` `(b, g)`, `slide` `(b,)`, and per slide `positive` `(b_s,)` and `far` `(b_s, b_s)`.
 
-    def __init__(self, rows: Sequence[Rows], places: Sequence[Places], config: NetworkConfig):
+    For a critic of kinds also `kind` `(b,)`: 0 spots, 1 cells."""
+
+    def __init__(self, rows: Sequence[Rows], places: Sequence[Places | Scattered], config: NetworkConfig):
         self.rows, self.places, self.config = rows, places, config
+        self.cells = torch.tensor([isinstance(p, Scattered) for p in places]).long()
         self.steps = max(1, round(sum(map(len, rows)) / config.batch))
 
     def epoch(self, rng: torch.Generator) -> Iterator[dict[str, Tensor]]:
@@ -148,14 +163,18 @@ class Dealer:
         "The batch of the spots `parts`, one index tensor per slide."
         slide = torch.cat([torch.full((len(p),), s) for s, p in enumerate(parts)])
         out = {"x": torch.cat([r.take(p) for r, p in zip(self.rows, parts)]), "slide": slide}
+        if self.config.adversary_weight and self.config.adversary == "kind":
+            out["kind"] = self.cells[slide]
         if not self.config.nce_weight:
             return out
         pairs = [_pairs(place, part, rng) for place, part in zip(self.places, parts)]
         return out | {"positive": [p for p, _ in pairs], "far": [far for _, far in pairs]}
 
 
-def _pairs(place: Places, part: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _pairs(place: Places | Scattered, part: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     "For the spots `part` of one slide: the place in `part` of one positive each (-1: none in the batch), and who repels whom."
+    if isinstance(place, Scattered):
+        return torch.full((len(part),), -1), torch.zeros(len(part), len(part), dtype=torch.bool)
     seat = torch.full((len(place.near),), -1).index_copy(0, part, torch.arange(len(part)))
     seats = seat[place.near[part]]
     present = seats >= 0
@@ -209,10 +228,10 @@ def two_views(x: Tensor, config: NetworkConfig, spread: float, rng: torch.Genera
 class _Student(nn.Module):
     "The encoder and, if an adversary is on, its critic."
 
-    def __init__(self, encoder: SharedEncoder, slides: int, config: NetworkConfig):
+    def __init__(self, encoder: SharedEncoder, groups: int, config: NetworkConfig):
         super().__init__()
         self.encoder = encoder
-        self.critic = DomainCritic(encoder.body[-1].out_features, slides) if config.adversary_weight and slides > 1 else None
+        self.critic = DomainCritic(encoder.body[-1].out_features, groups) if config.adversary_weight and groups > 1 else None
 
 
 def _between(distance: Any, clouds: Sequence[Tensor]) -> Tensor:
@@ -221,8 +240,17 @@ def _between(distance: Any, clouds: Sequence[Tensor]) -> Tensor:
     return sum((distance(a, b) for i, a in enumerate(big) for b in big[i + 1 :]), clouds[0].new_zeros(()))
 
 
-def alignment_terms(student: _Student, z: Tensor, slide: Tensor, config: NetworkConfig) -> dict[str, tuple[float, Tensor]]:
+def critic_loss(student: _Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float) -> Tensor:
+    "What the critic pays for guessing the slide by the view `z` `(b, d)`, or the kind by the clean input; `progress` as in `encoder_loss`."
+    strength = min(1.0, progress / config.adversary_warmup) if config.adversary_warmup else 1.0
+    if config.adversary == "kind":
+        return adversary_loss(student.critic, student.encoder.learned(batch["x"]), batch["kind"], strength)
+    return adversary_loss(student.critic, z, batch["slide"], strength)
+
+
+def alignment_terms(student: _Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float = 1.0) -> dict[str, tuple[float, Tensor]]:
     "Weight and value of every alignment term that is on."
+    slide = batch["slide"]
     clouds, out = [z[slide == s] for s in range(int(slide.max()) + 1)], {}
     if config.scale_weight:
         out["scale"] = config.scale_weight, slide_scale(z, slide)
@@ -231,7 +259,7 @@ def alignment_terms(student: _Student, z: Tensor, slide: Tensor, config: Network
     if config.mmd_weight:
         out["mmd"] = config.mmd_weight, _between(mmd, clouds)
     if student.critic is not None:
-        out["adversary"] = config.adversary_weight, adversary_loss(student.critic, z, slide)
+        out["adversary"] = config.adversary_weight, critic_loss(student, z, batch, config, progress)
     return out
 
 # %% ../../nbs/encoder/05_presets.ipynb #a8d9c345
@@ -251,7 +279,7 @@ def encoder_loss(student: _Student, batch: dict[str, Tensor], config: NetworkCon
     first, second = student.encoder.learned(two_views(batch["x"], config, spread, rng, batch["slide"])).chunk(2)
     rise = min(1.0, progress / config.inv_warmup) if config.inv_warmup else 1.0
     terms = vicreg(first, second, rise * config.lambda_inv, config.lambda_var, config.lambda_cov)
-    extra = alignment_terms(student, first, batch["slide"], config)
+    extra = alignment_terms(student, first, batch, config, progress)
     if config.nce_weight:
         extra["nce"] = config.nce_weight, infonce_by_slide(first, second, batch["positive"], batch["far"], config.temperature)
     loss = terms["loss"] + sum(weight * value for weight, value in extra.values())
@@ -270,17 +298,19 @@ def _new_student(rows: Sequence[Rows], config: NetworkConfig, seed: int) -> _Stu
         stem = tuple(map(torch.from_numpy, principal_axes(np.concatenate([r.take(torch.arange(len(r))).numpy() for r in rows]), config.stem, seed)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "preset", "weights"))
-        return _Student(new_encoder(config, rows[0].width, *stem), len(rows), config)
+        return _Student(new_encoder(config, rows[0].width, *stem), 2 if config.adversary == "kind" else len(rows), config)
 
 
-def fit_encoder(rows: Sequence[Rows], coords: Sequence[np.ndarray], config: NetworkConfig, *, seed: int = 0, name: str = "encoder",
+def fit_encoder(rows: Sequence[Rows], coords: Sequence[np.ndarray | None], config: NetworkConfig, *, seed: int = 0, name: str = "encoder",
                 checkpoint: str | Path | None = None, tag: str = "") -> tuple[SharedEncoder, History]:
-    """Train on slides: `rows` of each and `coords` `(n_s, 2)` in any unit. Same seed, same bits.
+    """Train on slides: `rows` of each and `coords` `(n_s, 2)` in any unit (None: dissociated cells). Same seed, same bits.
 
     `checkpoint`: path stem for the state of the training, written about sixty times and resumed from to the bits of a run that was never interrupted; `tag` names the data
-    in it. Raises `InputError` if it is damaged or belongs to other data, settings or seed. Source: Sources S3, section Design A.
+    in it. Raises `InputError` if it is damaged or belongs to other data, settings or seed, and for a critic of kinds that sees one kind. Source: Sources S3, section Design A.
     """
-    dealer = Dealer(rows, [Places(c, config.positives) for c in coords], config)
+    if config.adversary_weight and config.adversary == "kind" and len({c is None for c in coords}) < 2:
+        raise InputError("encoder", "adversary", "is 'kind', and all tables are of one kind", "give slides and dissociated cells, or set adversary='slide'")
+    dealer = Dealer(rows, [Scattered(len(r)) if c is None else Places(c, config.positives) for r, c in zip(rows, coords)], config)
     student, spread, epochs = _new_student(rows, config, seed), _spread(rows), config.train.epochs
     settings = dataclasses.replace(config.train, patience_after=max(config.train.patience_after, math.ceil(config.inv_warmup * epochs)),
                                    checkpoint_every=max(config.train.checkpoint_every, epochs // 60))
@@ -360,16 +390,17 @@ def _revived(parts: dict[str, Tensor], about: dict[str, Any]) -> Preset:
 
 
 # %% ../../nbs/encoder/05_presets.ipynb #5e77b002
-def fit_preset(name: str, slides: Sequence[AnnData], *, seed: int = 0, checkpoint: str | Path | None = None, **overrides: Any) -> Preset:
+def fit_preset(name: str, slides: Sequence[AnnData], *, cells: Sequence[AnnData] = (), seed: int = 0, checkpoint: str | Path | None = None, **overrides: Any) -> Preset:
     """Train preset `name` on `slides` (counts, `obsm["spatial"]`, shared genes; one slide each) for `epochs` (default 1200) passes.
 
-    `overrides`: any field of `NetworkConfig` or of its training. Slides are told apart by their place in the list. `checkpoint` and errors as in `fit_encoder`.
+    `overrides`: any field of `NetworkConfig` or of its training. Slides are told apart by their place in the list. `cells`: sources without
+    places (same genes), which train along, and which `kdd` asks for; scale and genes are those of the slides. `checkpoint` and errors as in `fit_encoder`.
     """
     config = preset_config(name, **overrides)
     if not slides:
         raise InputError("presets", "slides", "the list is empty", "give at least one training slide")
     prep = Preprocessor.fit(slides, n_hvg=config.n_hvg, slide_key=None)
-    encoder, history = fit_encoder([encoder_rows(prep, s, config) for s in slides], [s.obsm["spatial"] for s in slides], config, seed=seed, name=f"preset {name}",
-                                   checkpoint=checkpoint, tag="" if checkpoint is None else content_digest(list(slides), config))
+    encoder, history = fit_encoder([encoder_rows(prep, s, config) for s in (*slides, *cells)], [*(s.obsm["spatial"] for s in slides), *(None for _ in cells)], config, seed=seed, name=f"preset {name}",
+                                   checkpoint=checkpoint, tag="" if checkpoint is None else content_digest([*slides, *cells], config))
     return Preset(name, config, prep, encoder, history)
 

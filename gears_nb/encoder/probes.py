@@ -115,9 +115,17 @@ def mixing(H: np.ndarray, slides: Sequence, k: int = 20) -> float:
     return float(entropy(near, axis=1).mean() / entropy(whole))
 
 
-def ilisi(H: np.ndarray, slides: Sequence, k: int = 30) -> float:
-    "Mean inverse Simpson index of the slides among the `k` nearest neighbours, uniform weights: 1 separate, about S mixed."
-    return float((1 / np.square(_neighbour_shares(H, slides, k)[0]).sum(1)).mean())
+def ilisi(H: np.ndarray, slides: Sequence, k: int = 30, normalised: bool = False) -> float:
+    """Mean inverse Simpson index of the slides among the `k` nearest neighbours, uniform weights: 1 separate, about S mixed.
+
+    `normalised`: 0 separate, about 1 mixed as the whole table is. Raises `InputError` there if there is one slide."""
+    near, whole = _neighbour_shares(H, slides, k)
+    found = float((1 / np.square(near).sum(1)).mean())
+    if not normalised:
+        return found
+    if len(whole) < 2:
+        raise InputError("ilisi", "slides", "there is one slide", "give at least two")
+    return float((found - 1) / (1 / np.square(whole).sum() - 1))
 
 # %% ../../nbs/encoder/06_probes.ipynb #fc04a2b9
 def overlap(H: np.ndarray, coords: np.ndarray, slides: Sequence, k: int = 20) -> dict[str, float]:

@@ -55,7 +55,9 @@ class NetworkConfig(Section):
     scale_weight: Weight = 5.0  # spread of slide norms
     coral_weight: Weight = 0.0  # covariances of slides, per dimension
     mmd_weight: Weight = 0.0  # clouds of slides
-    adversary_weight: Weight = 0.0  # a critic that guesses the slide, through gradient reversal
+    adversary_weight: Weight = 0.0  # a critic, through gradient reversal
+    adversary: Literal["slide", "kind"] = "slide"  # what it guesses: the slide, by the augmented view; or spots against cells, by the clean input
+    adversary_warmup: Share = 0.0  # share of the epochs over which the reversed gradient rises to its value
     lambda_inv: Weight = 25.0  # VICReg: two views agree
     lambda_var: Weight = 50.0  # VICReg: no dimension collapses
     lambda_cov: Weight = 1.0  # VICReg: dimensions are decorrelated
