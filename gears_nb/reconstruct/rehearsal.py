@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
-__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'Rows', 'Refit', 'ENOUGH', 'STRANGER', 'IN_H',
-           'spoiled', 'model_distances', 'pairs_of', 'Fold', 'folds_of', 'Heard', 'one_level', 'fit_weights',
+__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'Rows', 'Refit', 'ENOUGH', 'STRANGER', 'SEEN',
+           'IN_H', 'spoiled', 'model_distances', 'pairs_of', 'Fold', 'folds_of', 'Heard', 'one_level', 'fit_weights',
            'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6e467982
@@ -143,6 +143,7 @@ def one_level(folds: Sequence[Fold], embed: Rows, slides: Sequence[AnnData], atl
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #4c6991d8
 STRANGER = 1.25  # a query's error over that of a spoiled reference section with the same doubts; from the development tissues
+SEEN = ("model", "learned", "shared", "plain", "smooth", "regression")  # sources that may be trusted by an embedding that has seen the asked sections
 IN_H = [SOURCES.index(name) for name in ("learned", "shared", "balanced", "regions", "embedding")]
 
 
@@ -156,13 +157,12 @@ def _least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
 def fit_weights(heard: Sequence[Heard], refitted: bool = True) -> np.ndarray:
     """Weights (10,) of `SOURCES`: those without the model, of which it takes its share of what the sources in `H` are worth.
 
-    `refitted`: whether the embedding had not seen the asked sections. If it had, *regions* and *embedding* look too good, and *own*, which remembers nothing, has no
-    fair rivals: none of the three gets a weight."""
+    `refitted`: whether the embedding had not seen the asked sections; otherwise only the sources of `SEEN` may have a weight."""
     columns, true = np.concatenate([h.scaled for h in heard]), np.concatenate([h.true / h.true.mean() for h in heard])
-    kept = len(SOURCES) if refitted else SOURCES.index("regions")
+    kept = [k for k, name in enumerate(SOURCES) if refitted or name in SEEN]
     every, rest = (np.zeros(len(SOURCES)) for _ in range(2))
-    every[:kept] = _least_squares(columns[:, :kept], true)[:-1]
-    rest[1:kept] = _least_squares(columns[:, 1:kept], true)[:-1]
+    every[kept] = _least_squares(columns[:, kept], true)[:-1]
+    rest[kept[1:]] = _least_squares(columns[:, kept[1:]], true)[:-1]
     share = every[0] / max(every[[0, *IN_H]].sum(), 1e-12)
     out = rest.copy()
     out[0], out[IN_H] = share * rest[IN_H].sum(), (1 - share) * rest[IN_H]
