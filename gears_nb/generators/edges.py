@@ -5,9 +5,11 @@
 # %% ../../nbs/generators/04_edges.ipynb #9118ec72
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +18,15 @@ from ..geometry.gauge import gauge_fix
 from ..geometry.neighbours import TIE, pair_mask, squared_distances
 from .set_transformer import ISAB
 from ..models.batches import EmbeddedSlide, Epoch, Run
+from ..models.trace import AttentionTrace
 from ..targets.builder import GeoTargets, adaptive_landmarks, build_targets, directed_edges, farthest_landmarks, walk_powers
 from ..targets.energy import FLOOR, SOFT_LENGTH, StressForm, energy, kl_rows, masked_mean
 
 # %% auto #0
 __all__ = ['embedding_distances', 'neighbour_lists', 'candidate_edges', 'content_order', 'landmarks', 'with_landmarks', 'rows_at',
            'pair_features', 'row_mlp', 'EdgeMLP', 'SetTrunk', 'dense', 'edge_walk', 'walk_of', 'reach_in',
-           'walk_mismatch', 'geometry_terms', 'repulsion', 'triangle_excess', 'overlap_loss', 'PairedTargets',
-           'paired_batches']
+           'walk_mismatch', 'geometry_terms', 'repulsion', 'triangle_excess', 'overlap_loss', 'steady_signs',
+           'walk_trace', 'PairedTargets', 'paired_batches']
 
 # %% ../../nbs/generators/04_edges.ipynb #9259face
 @torch.no_grad()
@@ -207,6 +210,23 @@ def overlap_loss(one: Tensor, two: Tensor, soft: float = SOFT_LENGTH) -> Tensor:
     others = ~torch.eye(one.shape[1], dtype=torch.bool, device=one.device)
     a, b = ((squared_distances(gauge_fix(x)) + soft**2).sqrt() for x in (one, two))
     return torch.where(others, a / b - 1, 0.0).square().sum((1, 2)) / others.sum()
+
+# %% ../../nbs/generators/04_edges.ipynb #70e8b6e7
+def steady_signs(X: Tensor, mask: Tensor) -> Tensor:
+    "`X` `(B, n, d)` with zeros at padding, each column with the sign that makes its skewness over real rows non-negative."
+    X = torch.where(mask[..., None], X, 0.0)
+    Y = gauge_fix(X.detach(), mask)
+    return X * torch.where(Y.pow(3).sum(1, keepdim=True) < 0, -1.0, 1.0).to(X.dtype)
+
+
+def walk_trace(T: Tensor, places: Tensor, truth: Tensor | np.ndarray | None = None, about: Mapping[str, Any] | None = None) -> AttentionTrace:
+    "A walk `T` `(n, n)` of one miniset as a record of one head, for `places` `(R + 1, n, 2)`; with self-edges, as records have them."
+    row, col = torch.nonzero((T > 0) | torch.eye(len(T), dtype=torch.bool, device=T.device), as_tuple=True)
+    plain = lambda x, kind=np.float32: np.asarray(x.detach().cpu().numpy(), kind)
+    weight = np.broadcast_to(plain(T[row, col]), (len(places) - 1, 1, len(row)))
+    terms = {"qk": np.log(np.maximum(weight, 1e-30))}
+    return AttentionTrace(plain(row, np.int32), plain(col, np.int32), weight.copy(), terms, plain(places), truth=None if truth is None else np.asarray(truth, np.float32),
+                          about=dict(about or {}))
 
 # %% ../../nbs/generators/04_edges.ipynb #557106ec
 @dataclass(frozen=True)
