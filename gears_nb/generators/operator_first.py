@@ -29,8 +29,8 @@ from ..targets.builder import GeoTargets, directed_edges
 from ..targets.energy import SOFT_LENGTH, stress
 
 # %% auto #0
-__all__ = ['GAP', 'LOG_WEIGHT', 'spectral_places', 'diffused', 'path_lengths', 'descended', 'OperatorFirstConfig', 'Operator',
-           'OperatorFirst']
+__all__ = ['GAP', 'LOG_WEIGHT', 'spectral_places', 'diffused', 'orthogonal', 'path_lengths', 'descended', 'OperatorFirstConfig',
+           'Operator', 'OperatorFirst']
 
 # %% ../../nbs/generators/05_operator_first.ipynb #114ca1ce
 GAP = 1e-3  # eigenvalue differences below this are damped in the gradient
@@ -68,12 +68,19 @@ def spectral_places(W: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     X, lam = _SlowModes.apply(L)
     return steady_signs(root[..., None] * X, mask), lam
 
-# %% ../../nbs/generators/05_operator_first.ipynb #0b2dff8d
-def diffused(T: Tensor, seed: Tensor, steps: int) -> Tensor:
-    "`T^steps seed` `(B, n, 2)`."
+# %% ../../nbs/generators/05_operator_first.ipynb #f4b44b1c
+def diffused(T: Tensor, seed: Tensor, mask: Tensor, steps: int) -> Tensor:
+    "`T^steps seed` `(B, n, 2)`, centred over the real cells of `mask` after every step, since the mean is what survives longest."
     for _ in range(steps):
-        seed = T @ seed
+        seed = gauge_fix(T @ seed, mask)
     return seed
+
+
+def orthogonal(X: Tensor) -> Tensor:
+    "Columns of centred `X` `(B, n, 2)` made orthogonal and equally long, by the Cholesky factor of their products."
+    C = X.transpose(1, 2) @ X
+    C = C + 1e-6 * C.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(2, device=X.device, dtype=X.dtype)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(C), X.transpose(1, 2), upper=False).transpose(1, 2)
 
 
 def path_lengths(lengths: Tensor, edges: Tensor, marks: Tensor) -> Tensor:
@@ -119,7 +126,7 @@ class OperatorFirstConfig(Section):
     k: Size = 16               # candidate neighbours in H
     edge_noise: bool = False   # noise on edges beside that of cells
     tie: Positive = 1e-3       # weight of the edges to landmarks
-    diffusion: Size = 8        # t of the decoder `diffusion`
+    diffusion: Size = 64       # t of the decoder `diffusion`
     steps: Count = 50          # of the decoder `descent`
     operator: Weight = 1.0     # weight of the divergence of walks
     stress: Weight = 0.1       # of the stress of places, ratio form
@@ -190,7 +197,7 @@ def decode(self: OperatorFirst, made: Operator, H: Tensor, mask: Tensor) -> tupl
     if c.decoder == "spectral":
         return spectral_places(made.W, mask)
     if c.decoder == "diffusion":
-        return diffused(made.T, gauge_fix(H, mask) @ self.seed, c.diffusion), None
+        return orthogonal(diffused(made.T, gauge_fix(H, mask) @ self.seed, mask, c.diffusion)), None
     lengths = torch.where(made.edges, 1 / made.W.clamp(min=c.tie), 0.0)
     return descended(path_lengths(lengths, made.edges, made.marks), made.marks, made.marks_ok, mask, c.steps), None
 
