@@ -29,44 +29,52 @@ from ..targets.builder import GeoTargets, directed_edges
 from ..targets.energy import SOFT_LENGTH, stress
 
 # %% auto #0
-__all__ = ['GAP', 'LOG_WEIGHT', 'spectral_places', 'diffused', 'orthogonal', 'path_lengths', 'descended', 'OperatorFirstConfig',
-           'Operator', 'OperatorFirst']
+__all__ = ['GAP', 'LOG_WEIGHT', 'plane_modes', 'spectral_places', 'diffused', 'orthogonal', 'path_lengths', 'descended',
+           'drawn_from_landmarks', 'OperatorFirstConfig', 'Operator', 'OperatorFirst']
 
-# %% ../../nbs/generators/05_operator_first.ipynb #114ca1ce
-GAP = 1e-3  # eigenvalue differences below this are damped in the gradient
+# %% ../../nbs/generators/05_operator_first.ipynb #454e6f91
+GAP = 1e-3  # eigenvalue differences below this share of the largest are damped in the gradient
 
 
-class _SlowModes(torch.autograd.Function):
-    "`V_s / sqrt(lambda_s)` `(B, n, 2)` of symmetric `L` `(B, n, n)`, s = 1, 2, and the eigenvalues 0..3 `(B, 4)`; gradient as derived below."
+class _PlaneModes(torch.autograd.Function):
+    "`V_s / sqrt(lambda_s)` `(B, n, 2)` of symmetric `L` `(B, n, n)`, s = first, first + 1 in ascending order, and all eigenvalues `(B, n)`; gradient as derived below."
 
     @staticmethod
-    def forward(ctx: Any, L: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, L: Tensor, first: int, floor: float) -> tuple[Tensor, Tensor]:
         lam, V = torch.linalg.eigh(L)
-        lam = lam.clamp(min=1e-6)
-        ctx.save_for_backward(lam, V)
-        return V[..., 1:3] / lam[:, None, 1:3].sqrt(), lam[:, :4].clone()
+        kept = lam[:, first:first + 2].clamp(min=floor * lam[:, -1:].clamp(min=torch.finfo(L.dtype).tiny))
+        ctx.save_for_backward(lam, V, kept)
+        ctx.first = first
+        return V[..., first:first + 2] / kept[:, None].sqrt(), lam.clone()
 
     @staticmethod
-    def backward(ctx: Any, gX: Tensor, g_lam: Tensor) -> Tensor:
-        lam, V = ctx.saved_tensors
-        Vs, ls = V[..., 1:3], lam[:, None, 1:3]                       # (B, n, 2), (B, 1, 2)
+    def backward(ctx: Any, gX: Tensor, g_lam: Tensor) -> tuple[Tensor, None, None]:
+        (lam, V, ls), plane = ctx.saved_tensors, slice(ctx.first, ctx.first + 2)
+        Vs, ls = V[..., plane], ls[:, None]                           # (B, n, 2), (B, 1, 2)
         B = 0.5 * (V.transpose(1, 2) @ gX) * ls.sqrt()                # (B, n, 2): V' gK V_s
         gap = ls - lam[..., None]
-        C = B * gap / (gap.square() + GAP**2) / ls                    # against modes that are not drawn
-        C[:, 1:3] = 0
+        C = B * gap / (gap.square() + (GAP * lam[:, -1:, None]) ** 2) / ls  # against modes that are not drawn
+        C[:, plane] = 0
         M = V @ C @ Vs.transpose(1, 2)
-        A = (B[:, 1:3] + B[:, 1:3].transpose(1, 2)) / 2
+        A = (B[:, plane] + B[:, plane].transpose(1, 2)) / 2
         inside = -A / (ls * ls.transpose(1, 2))                       # within the drawn plane: no difference at all
-        V4 = V[..., :4]
-        return M + M.transpose(1, 2) + Vs @ inside @ Vs.transpose(1, 2) + (V4 * g_lam[:, None]) @ V4.transpose(1, 2)
+        return M + M.transpose(1, 2) + Vs @ inside @ Vs.transpose(1, 2) + (V * g_lam[:, None]) @ V.transpose(1, 2), None, None
 
 
+def plane_modes(L: Tensor, first: int, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`V_s / sqrt(lambda_s)` `(B, n, 2)` for the eigenpairs `first` and `first + 1` (ascending) of symmetric `L` `(B, n, n)`, and all eigenvalues `(B, n)`.
+
+    These two are kept above `floor` times the largest. The gradient is exact for losses that see neither turns nor mirrors, also where the two are equal;
+    other eigenvalues that come closer than `GAP` of the largest are damped."""
+    return _PlaneModes.apply(L, first, floor)
+
+# %% ../../nbs/generators/05_operator_first.ipynb #70243c6b
 def spectral_places(W: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     "Places `(B, n, 2)` from weights `W` `(B, n, n)`, symmetric and connected over the cells of `mask`, and the eigenvalues 0..3 `(B, 4)`. Time O(n^3)."
     root = torch.where(mask, W.sum(-1), 1.0).clamp(min=1e-12).rsqrt()
     L = torch.diag_embed(torch.where(mask, 1.0, 3.0).to(W.dtype)) - root[..., None] * W * root[:, None]  # padding: above every real mode
-    X, lam = _SlowModes.apply(L)
-    return steady_signs(root[..., None] * X, mask), lam
+    X, lam = plane_modes(L, 1)
+    return steady_signs(root[..., None] * X, mask), lam[:, :4]
 
 # %% ../../nbs/generators/05_operator_first.ipynb #f4b44b1c
 def diffused(T: Tensor, seed: Tensor, mask: Tensor, steps: int) -> Tensor:
@@ -98,20 +106,27 @@ def path_lengths(lengths: Tensor, edges: Tensor, marks: Tensor) -> Tensor:
         total, before = total + total.gather(2, before), before.gather(2, before)
     return total
 
-# %% ../../nbs/generators/05_operator_first.ipynb #5413cf81
-def descended(D: Tensor, marks: Tensor, marks_ok: Tensor, mask: Tensor, steps: int = 50) -> Tensor:
-    "Places `(B, n, 2)` by `steps` damped descents on the stress of lengths `D` `(B, m, n)` from landmarks, weights 1/D^2; the start carries no gradient."
-    use = marks_ok[..., None] & mask[:, None] & (D > 0)
-    D = D / torch.where(use, D, 0.0).sum((1, 2), keepdim=True) * use.sum((1, 2), keepdim=True)
-    weight = torch.where(use, D.detach().clamp(min=SOFT_LENGTH) ** -2, 0.0)
-    X = steady_signs(landmark_mds(D.detach(), marks, marks_ok), mask).detach()
-    total = weight.sum(1) + X.new_zeros(mask.shape).scatter_add(1, marks, weight.sum(2))
+# %% ../../nbs/generators/05_operator_first.ipynb #9e9edf83
+def descended(X: Tensor, ends: Tensor, lengths: Tensor, use: Tensor, steps: int = 50) -> Tensor:
+    "Places `X` `(B, n, 2)` after `steps` damped descents on `sum w (|x_i - x_j| - length)^2`, w = 1/length^2, over pairs `ends` `(B, E, 2)` where `use` `(B, E)`."
+    weight = torch.where(use, lengths.detach().clamp(min=SOFT_LENGTH) ** -2, 0.0)
+    both = ends.transpose(1, 2).flatten(1)                                                         # (B, 2 E): all first ends, then all second ones
+    total = weight.new_zeros(X.shape[:2]).scatter_add(1, both, weight.repeat(1, 2)).clamp(min=1e-12)
     for _ in range(steps):
-        apart = rows_at(X, marks)[:, :, None] - X[:, None]                                         # (B, m, n, 2)
-        pull = (weight * (1 - D / (apart.square().sum(-1) + SOFT_LENGTH**2).sqrt()))[..., None] * apart
-        move = pull.sum(1).scatter_add(1, marks[..., None].expand(-1, -1, 2), -pull.sum(2))
-        X = X + 0.5 * move / total.clamp(min=1e-12)[..., None]
-    return torch.where(mask[..., None], X, 0.0)
+        one, two = rows_at(X, both).chunk(2, 1)
+        apart = one - two
+        pull = (weight * (1 - lengths / (apart.square().sum(-1) + SOFT_LENGTH**2).sqrt()))[..., None] * apart
+        X = X - 0.5 * torch.zeros_like(X).scatter_add(1, both[..., None].expand(-1, -1, 2), torch.cat([pull, -pull], 1)) / total[..., None]
+    return X
+
+
+def drawn_from_landmarks(D: Tensor, marks: Tensor, marks_ok: Tensor, mask: Tensor, steps: int = 50) -> Tensor:
+    "Places `(B, n, 2)` from lengths `D` `(B, m, n)` from landmarks to all cells, in any unit: landmark MDS, through which no gradient passes, then descent."
+    use = marks_ok[..., None] & mask[:, None] & (D > 0)
+    D = D / torch.where(use, D, 0.0).sum((1, 2), keepdim=True).clamp(min=1e-12) * use.sum((1, 2), keepdim=True)
+    start = steady_signs(landmark_mds(D.detach(), marks, marks_ok), mask).detach()
+    ends = torch.stack([marks[..., None].expand_as(D), torch.arange(D.shape[2], device=D.device).expand_as(D)], -1).flatten(1, 2)
+    return torch.where(mask[..., None], descended(start, ends, D.flatten(1), use.flatten(1), steps), 0.0)
 
 # %% ../../nbs/generators/05_operator_first.ipynb #f7fddd80
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +186,7 @@ class OperatorFirst(GeometryModel):
         made = self.operator(H, mask, rng)
         return Geometry(gauge_fix(self.decode(made, H, mask)[0], mask), operator=made.T)
 
-# %% ../../nbs/generators/05_operator_first.ipynb #74eacb3f
+# %% ../../nbs/generators/05_operator_first.ipynb #d7f438bc
 @patch
 def operator(self: OperatorFirst, H: Tensor, mask: Tensor, rng: torch.Generator | None) -> Operator:
     "The weights of a sample."
@@ -199,9 +214,9 @@ def decode(self: OperatorFirst, made: Operator, H: Tensor, mask: Tensor) -> tupl
     if c.decoder == "diffusion":
         return orthogonal(diffused(made.T, gauge_fix(H, mask) @ self.seed, mask, c.diffusion)), None
     lengths = torch.where(made.edges, 1 / made.W.clamp(min=c.tie), 0.0)
-    return descended(path_lengths(lengths, made.edges, made.marks), made.marks, made.marks_ok, mask, c.steps), None
+    return drawn_from_landmarks(path_lengths(lengths, made.edges, made.marks), made.marks, made.marks_ok, mask, c.steps), None
 
-# %% ../../nbs/generators/05_operator_first.ipynb #d7f438bc
+# %% ../../nbs/generators/05_operator_first.ipynb #024931c0
 @patch
 def losses(self: OperatorFirst, H: Tensor, batch: GeoTargets, mask: Tensor | None = None, rng: torch.Generator | None = None, epoch: int = 0) -> dict[str, Tensor]:
     "`loss` and its unweighted terms: `operator`, `stress`, `gap`; `kept` is the mass of the reference on the support."
