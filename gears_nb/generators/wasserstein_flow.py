@@ -70,13 +70,13 @@ def sinkhorn_pull(h: Tensor, mask: Tensor, identity: float, blur: float) -> Call
 # %% ../../nbs/generators/07_wasserstein_flow.ipynb #c740994c
 @dataclass(frozen=True)
 class FreeEnergy:
-    "Springs on pairs `ends` `(B, E, 2)`, valid where `ok` `(B, E)`, with `stiffness` and `rest` `(B, E)`, and repulsion `repel` over `reach` between cells of `mask` `(B, n)`."
+    "Springs between cells, and repulsion between all of them."
 
-    ends: Tensor
-    ok: Tensor
-    stiffness: Tensor
-    rest: Tensor
-    mask: Tensor
+    ends: Tensor       # (B, E, 2)
+    ok: Tensor         # (B, E)
+    stiffness: Tensor  # (B, E)
+    rest: Tensor       # (B, E)
+    mask: Tensor       # (B, n) real cells
     repel: float = 0.0
     reach: float = 0.2
 
@@ -101,12 +101,12 @@ class FreeEnergy:
         pull = torch.where(self.ok, self.stiffness * (1 - self.rest / length), 0.0)[..., None] * apart
         out = torch.zeros_like(X).scatter_add(1, both[..., None].expand(-1, -1, 2), torch.cat([pull, -pull], 1))
         if self.repel:
-            K = self._closeness(X) / (self.reach**2 * self.mask.sum(1)[:, None, None])
+            K = self._closeness(X) / self.reach**2 / self.mask.sum(1)[:, None, None]
             out = out - self.repel * (K.sum(-1, keepdim=True) * X - K @ X)
         return out
 
     def rate(self, tau: float) -> Tensor:
-        "Step `(B, n, 1)` of an iteration of `proximal` at which it converges: 1 / (1 + tau * (a bound of) the curvature at each cell)."
+        "Step `(B, n, 1)` of an iteration of `proximal`: 1 / (1 + tau * bound of the curvature at each cell)."
         both = self.ends.transpose(1, 2).flatten(1)
         weight = torch.where(self.ok, self.stiffness, 0.0).repeat(1, 2)
         degree = torch.zeros_like(self.mask, dtype=weight.dtype).scatter_add(1, both, weight)
@@ -156,7 +156,7 @@ class WassersteinFlow(GeometryModel):
         mask = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
         return Geometry(gauge_fix(self.path(H, mask, rng)[0][-1], mask))
 
-
+# %% ../../nbs/generators/07_wasserstein_flow.ipynb #283ac8c6
 @patch
 def landscape(self: WassersteinFlow, H: Tensor, mask: Tensor) -> tuple[Tensor, FreeEnergy]:
     "Where particles start on average, `(B, n, 2)`, and the free energy."
@@ -185,7 +185,7 @@ def path(self: WassersteinFlow, H: Tensor, mask: Tensor, rng: torch.Generator | 
         places.append(X)
     return places, free
 
-# %% ../../nbs/generators/07_wasserstein_flow.ipynb #7082b3d3
+# %% ../../nbs/generators/07_wasserstein_flow.ipynb #d19dadcd
 @patch
 def losses(self: WassersteinFlow, H: Tensor, batch: GeoTargets, mask: Tensor | None = None, rng: torch.Generator | None = None, epoch: int = 0) -> dict[str, Tensor]:
     "`loss` and its unweighted terms `energy` (also `rw`, `stress`) at the end, `first` and `hinge`; `fall` of F from start to end is not in it."
