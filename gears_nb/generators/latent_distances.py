@@ -19,6 +19,7 @@ from .operator_first import descended, plane_modes
 from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix, rms
 from ..geometry.mds import double_centred
+from ..geometry.neighbours import squared_distances
 from ..models.batches import Batches, EmbeddedSlide, Epoch, Run
 from ..models.contract import Geometry, GeometryModel
 from ..targets.builder import GeoTargets, build_targets, directed_edges, pack_edges
@@ -133,7 +134,7 @@ class LatentDistances(GeometryModel):
         unit, D = rms(X - (X * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None], mask)[:, None, None], lengths.matrix(H.shape[1])
         sigma, known = lengths.matrix(H.shape[1], lengths.spread), D > 0
         X = gauge_fix(X, mask)
-        return Geometry(X, distances=torch.where(known, D / unit, torch.cdist(X, X)), uncertainty=masked_mean(sigma / unit, known))
+        return Geometry(X, distances=torch.where(known, D / unit, squared_distances(X).sqrt()), uncertainty=masked_mean(sigma / unit, known))
 
 # %% ../../nbs/generators/06_latent_distances.ipynb #9b9bd637
 @patch

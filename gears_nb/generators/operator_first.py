@@ -42,7 +42,7 @@ class _PlaneModes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, L: Tensor, first: int, floor: float) -> tuple[Tensor, Tensor]:
         lam, V = torch.linalg.eigh(L)
-        kept = lam[:, first:first + 2].clamp(min=floor * lam[:, -1:].clamp(min=torch.finfo(L.dtype).tiny))
+        kept = torch.maximum(lam[:, first:first + 2], floor * lam[:, -1:]).clamp(min=1e-12)
         ctx.save_for_backward(lam, V, kept)
         ctx.first = first
         return V[..., first:first + 2] / kept[:, None].sqrt(), lam.clone()
@@ -53,7 +53,7 @@ class _PlaneModes(torch.autograd.Function):
         Vs, ls = V[..., plane], ls[:, None]                           # (B, n, 2), (B, 1, 2)
         B = 0.5 * (V.transpose(1, 2) @ gX) * ls.sqrt()                # (B, n, 2): V' gK V_s
         gap = ls - lam[..., None]
-        C = B * gap / (gap.square() + (GAP * lam[:, -1:, None]) ** 2) / ls  # against modes that are not drawn
+        C = B * gap / (gap.square() + (GAP * lam[:, -1:, None]).clamp(min=1e-12) ** 2) / ls  # against modes that are not drawn
         C[:, plane] = 0
         M = V @ C @ Vs.transpose(1, 2)
         A = (B[:, plane] + B[:, plane].transpose(1, 2)) / 2
@@ -64,7 +64,7 @@ class _PlaneModes(torch.autograd.Function):
 def plane_modes(L: Tensor, first: int, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
     """`V_s / sqrt(lambda_s)` `(B, n, 2)` for the eigenpairs `first` and `first + 1` (ascending) of symmetric `L` `(B, n, n)`, and all eigenvalues `(B, n)`.
 
-    These two are kept above `floor` times the largest. The gradient is exact for losses that see neither turns nor mirrors, also where the two are equal;
+    These two are kept above `floor` times the largest, and above 1e-12. The gradient is exact for losses that see neither turns nor mirrors, also where the two are equal;
     other eigenvalues that come closer than `GAP` of the largest are damped."""
     return _PlaneModes.apply(L, first, floor)
 

@@ -71,7 +71,6 @@ def sinkhorn_pull(h: Tensor, mask: Tensor, identity: float, blur: float) -> Call
 @dataclass(frozen=True)
 class FreeEnergy:
     "Springs between cells, and repulsion between all of them."
-
     ends: Tensor       # (B, E, 2)
     ok: Tensor         # (B, E)
     stiffness: Tensor  # (B, E)
@@ -87,6 +86,7 @@ class FreeEnergy:
         return both, one - two, ((one - two).square().sum(-1) + SOFT_LENGTH**2).sqrt()
 
     def _closeness(self, X: Tensor) -> Tensor:
+        "Gaussian of the distance of real pairs `(B, n, n)`."
         return torch.where(pair_mask(self.mask), (-squared_distances(X) / (2 * self.reach**2)).exp(), 0.0)
 
     def value(self, X: Tensor) -> Tensor:
@@ -105,12 +105,14 @@ class FreeEnergy:
             out = out - self.repel * (K.sum(-1, keepdim=True) * X - K @ X)
         return out
 
-    def rate(self, tau: float) -> Tensor:
-        "Step `(B, n, 1)` of an iteration of `proximal`: 1 / (1 + tau * bound of the curvature at each cell)."
-        both = self.ends.transpose(1, 2).flatten(1)
-        weight = torch.where(self.ok, self.stiffness, 0.0).repeat(1, 2)
-        degree = torch.zeros_like(self.mask, dtype=weight.dtype).scatter_add(1, both, weight)
-        return 1 / (1 + tau * (2 * degree + self.repel / self.reach**2))[..., None]
+# %% ../../nbs/generators/07_wasserstein_flow.ipynb #7cbad9c2
+@patch
+def rate(self: FreeEnergy, tau: float) -> Tensor:
+    "Step `(B, n, 1)` of an iteration of `proximal`: 1 / (1 + tau * bound of the curvature at each cell)."
+    both = self.ends.transpose(1, 2).flatten(1)
+    weight = torch.where(self.ok, self.stiffness, 0.0).repeat(1, 2)
+    degree = torch.zeros_like(self.mask, dtype=weight.dtype).scatter_add(1, both, weight)
+    return 1 / (1 + tau * (2 * degree + self.repel / self.reach**2))[..., None]
 
 # %% ../../nbs/generators/07_wasserstein_flow.ipynb #a4b20f9d
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ class WassersteinFlow(GeometryModel):
         mask = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
         return Geometry(gauge_fix(self.path(H, mask, rng)[0][-1], mask))
 
-# %% ../../nbs/generators/07_wasserstein_flow.ipynb #283ac8c6
+# %% ../../nbs/generators/07_wasserstein_flow.ipynb #d19dadcd
 @patch
 def landscape(self: WassersteinFlow, H: Tensor, mask: Tensor) -> tuple[Tensor, FreeEnergy]:
     "Where particles start on average, `(B, n, 2)`, and the free energy."
@@ -185,7 +187,7 @@ def path(self: WassersteinFlow, H: Tensor, mask: Tensor, rng: torch.Generator | 
         places.append(X)
     return places, free
 
-# %% ../../nbs/generators/07_wasserstein_flow.ipynb #d19dadcd
+# %% ../../nbs/generators/07_wasserstein_flow.ipynb #a73cc3b9
 @patch
 def losses(self: WassersteinFlow, H: Tensor, batch: GeoTargets, mask: Tensor | None = None, rng: torch.Generator | None = None, epoch: int = 0) -> dict[str, Tensor]:
     "`loss` and its unweighted terms `energy` (also `rw`, `stress`) at the end, `first` and `hinge`; `fall` of F from start to end is not in it."
@@ -206,6 +208,6 @@ def explain(self: WassersteinFlow, H: Tensor, mask: Tensor | None = None, truth:
     mask = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
     places, free = self.path(H, mask, torch.Generator().manual_seed(0))
     n, flat = H.shape[1], free.ends[..., 0] * H.shape[1] + free.ends[..., 1]
-    W = torch.where(free.ok, free.stiffness, 0.0).new_zeros(len(H), n * n).scatter_add(1, flat, torch.where(free.ok, free.stiffness, 0.0)).unflatten(1, (n, n))
+    W = H.new_zeros(len(H), n * n).scatter_add(1, flat, free.stiffness).unflatten(1, (n, n))  # stiffness is 0 where no edge is
     T, X = walk_of(W + W.transpose(1, 2)), torch.stack([gauge_fix(x, mask) for x in places], 1)
     return [walk_trace(t[m][:, m], x[:, m], truth, about) for t, x, m in zip(T, X, mask)]
