@@ -143,7 +143,8 @@ def lengths(self: LatentDistances, H: Tensor, mask: Tensor, rng: torch.Generator
     c = self.config
     h = self.trunk(torch.cat([H, cell_noise(mask, c.latent, rng, H)], -1), mask)
     marks, marks_ok = landmarks(H, mask)
-    lists = with_landmarks(*candidate_edges(H, mask, c.k), marks, marks_ok, mask)
+    index, near = candidate_edges(H, mask, c.k)
+    lists = with_landmarks(index, near, marks, marks_ok, mask)
     ends, ok = pack_edges(directed_edges(*lists))
     a, b = rows_at(h, ends[..., 0]), rows_at(h, ends[..., 1])
     mu, raw = ((self.pair(pair_features(a, b)) + self.pair(pair_features(b, a))) / 2).unbind(-1)
@@ -169,7 +170,8 @@ def losses(self: LatentDistances, H: Tensor, batch: MeasuredTargets, mask: Tenso
     true = batch.lengths.flatten(1).gather(1, made.ends[..., 0] * n + made.ends[..., 1])
     ratio = (made.drawn / (true.square() + SOFT_LENGTH**2).sqrt() - 1).square()
     nll = ((true - made.centre) / made.spread).square() + 2 * made.spread.log()
-    excess, counts = triangle_excess(made.matrix(n), *made.lists, rng)
+    index, near = made.lists
+    excess, counts = triangle_excess(made.matrix(n), index, near, rng)
     geo, mean = geometry_terms(X, batch.targets), lambda v, m: masked_mean(v, m).mean()
     terms = {"rw": geo["rw"], "length": mean(ratio, made.ok), "triangle": mean(excess, counts), "nll": mean(nll, made.ok) / 2}
     loss = c.walk * terms["rw"] + c.stress * terms["length"] + c.triangle * terms["triangle"] + c.nll * terms["nll"]

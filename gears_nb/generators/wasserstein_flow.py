@@ -163,8 +163,8 @@ class WassersteinFlow(GeometryModel):
 def landscape(self: WassersteinFlow, H: Tensor, mask: Tensor) -> tuple[Tensor, FreeEnergy]:
     "Where particles start on average, `(B, n, 2)`, and the free energy."
     c, h = self.config, self.trunk(H, mask)
-    lists = with_landmarks(*candidate_edges(H, mask, c.k), *landmarks(H, mask), mask)
-    ends, ok = pack_edges(directed_edges(*lists))
+    (index, near), (marks, marks_ok) = candidate_edges(H, mask, c.k), landmarks(H, mask)
+    ends, ok = pack_edges(directed_edges(*with_landmarks(index, near, marks, marks_ok, mask)))
     a, b = rows_at(h, ends[..., 0]), rows_at(h, ends[..., 1])
     out = (self.pair(pair_features(a, b)) + self.pair(pair_features(b, a))) / 2
     soft = torch.where(ok, F.softplus(out[..., 0]), 0.0)
