@@ -208,9 +208,16 @@ def test_names_and_no_names():
 # ---- contract and settings
 
 @pytest.mark.parametrize("name, own", [("operator-first", {"decoder": "diffusion", "edge_noise": True}), ("operator-first", {"decoder": "descent", "steps": 5}),
-                                       ("operator-first", {"inner_gap": True}), ("latent-distances", {"steps": 5})], ids=str)
+                                       ("latent-distances", {"steps": 5})], ids=str)
 def test_every_choice_meets_the_contract(name, own):
     conform(model_class(name), run_of(name, **own))
+
+
+def test_the_gap_loss_of_the_source_looks_at_both_gaps():
+    H, targets = next(iter(built("operator-first").batches()(toy_slides(), run_of("operator-first"), rng())))
+    terms = {inner: built("operator-first", inner_gap=inner).losses(H, targets, rng=rng()) for inner in (False, True)}
+    assert terms[True]["operator"] == terms[False]["operator"] and terms[True]["gap"] != terms[False]["gap"]
+    assert float(terms[True]["loss"] - terms[False]["loss"]) == pytest.approx(0.01 * float(terms[True]["gap"] - terms[False]["gap"]), abs=1e-6)
 
 
 def test_the_sinkhorn_cost_learns_too():
