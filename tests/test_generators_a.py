@@ -217,7 +217,7 @@ def test_the_gap_loss_of_the_source_looks_at_both_gaps():
     H, targets = next(iter(built("operator-first").batches()(toy_slides(), run_of("operator-first"), rng())))
     terms = {inner: built("operator-first", inner_gap=inner).losses(H, targets, rng=rng()) for inner in (False, True)}
     assert terms[True]["operator"] == terms[False]["operator"] and terms[True]["gap"] != terms[False]["gap"]
-    assert float(terms[True]["loss"] - terms[False]["loss"]) == pytest.approx(0.01 * float(terms[True]["gap"] - terms[False]["gap"]), abs=1e-6)
+    assert (terms[True]["loss"] - terms[False]["loss"]).item() == pytest.approx(0.01 * (terms[True]["gap"] - terms[False]["gap"]).item(), abs=1e-6)
 
 
 def test_the_sinkhorn_cost_learns_too():
