@@ -52,7 +52,7 @@ class SDEWeights(Section):
     lyapunov: Weight = 0.1       # rises of the energy along the path
     intermediate: Weight = 0.3   # energy at a quarter, half and three quarters of the path
     initial: Weight = 0.1        # energy of the first guess
-    overlap: Weight = 0.05       # distances that two views of the same spots do not agree on, at low noise only; 0: no pairs are drawn
+    overlap: Weight = 0.0        # distances that two views of the same spots do not agree on, at low noise only; 0: no pairs are drawn
     diversity: Weight = 0.0      # two samples that are closer than `apart`
 
 
