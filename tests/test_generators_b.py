@@ -298,7 +298,7 @@ def test_predicted_targets_fit_the_energy_and_ignore_padding():
     model = tiny_model("cooperative-ebm").double()
     H, mask = torch.randn(1, 30, 16, generator=rng()).double(), torch.ones(1, 30, dtype=torch.bool)
     wide, real = torch.cat([H, 9 * torch.ones(1, 5, 16).double()], 1), (torch.arange(35) < 30)[None]
-    short, long = model.predictor.targets(H, mask), model.predictor.targets(wide, real)
+    short, long = model.predictor.predicted(H, mask), model.predictor.predicted(wide, real)
     X = torch.randn(1, 30, 2, generator=rng(1)).double()
     a, b = energy(X, short, form="ratio"), energy(torch.cat([X, torch.zeros(1, 5, 2).double()], 1), long, form="ratio")
     assert torch.allclose(a.total, b.total, atol=1e-9) and a.total > 0
@@ -314,7 +314,7 @@ def test_mode_b_is_the_proposal_and_a_chain_on_predicted_targets():
     H, mask = torch.randn(1, 30, 16, generator=rng()), torch.ones(1, 30, dtype=torch.bool)
     with torch.no_grad():
         a, b, same = model(H, None, rng(1)).X, other(H, None, rng(1)).X, rng(1)
-        by_hand = model.correct(model.propose(H, mask, same), model.predictor.targets(H, mask), mask, same, 5)[0]
+        by_hand = model.correct(model.propose(H, mask, same), model.predictor.predicted(H, mask), mask, same, 5)[0]
     assert torch.allclose(b, by_hand, atol=1e-5) and not torch.allclose(a, b, atol=1e-3)
 
 

@@ -112,14 +112,14 @@ class Predictor(nn.Module):
 # %% ../../nbs/generators/10_cooperative_ebm.ipynb #ae5a0019
 @patch
 @torch.no_grad()
-def targets(self: Predictor, H: Tensor, mask: Tensor) -> GeoTargets:
+def predicted(self: Predictor, H: Tensor, mask: Tensor) -> GeoTargets:
     "The targets of `H` `(B, n, d)` as this predictor sees them."
-    h, (index, ok), marks = self.trunk(H, mask), candidate_edges(H, mask, self.config.neighbours), landmarks(H, mask)
+    h, (index, ok), (marks, marks_ok) = self.trunk(H, mask), candidate_edges(H, mask, self.config.neighbours), landmarks(H, mask)
     sigma, T = self.walk(h, index, ok)
-    edges, edge_ok = pack_edges(directed_edges(*with_landmarks(index, ok, *marks, mask)))
+    edges, edge_ok = pack_edges(directed_edges(*with_landmarks(index, ok, marks, marks_ok, mask)))
     steps = adaptive_steps(mask.sum(1))
     return GeoTargets(walk_powers(T, int(steps.max())), sigma.masked_fill(~mask, 1.0), index, ok, edges, edge_ok, self.lengths(h, edges), steps,
-                      ok.sum(-1).amax(-1), *marks, mask)
+                      ok.sum(-1).amax(-1), marks, marks_ok, mask)
 
 # %% ../../nbs/generators/10_cooperative_ebm.ipynb #ae5a0023
 class CooperativeEBM(GeometryModel):
@@ -153,7 +153,7 @@ class CooperativeEBM(GeometryModel):
         X = self.propose(H, mask, rng)
         if self.config.mode == "generator" or not self.config.use_chain:
             return X
-        return self.correct(X, self.predictor.targets(H, mask), mask, rng, self.config.use_chain)[0]
+        return self.correct(X, self.predictor.predicted(H, mask), mask, rng, self.config.use_chain)[0]
 
     def forward(self, H: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Geometry:
         "A sample, or the mean of `samples` of them; embeddings are all it needs."
@@ -208,6 +208,6 @@ def explain(self: CooperativeEBM, H: Tensor, mask: Tensor | None = None, *, trut
     for block in trunk.blocks:
         x = block(x, mask)
     X = gauge_fix(plane(trunk.norm(x)), mask)
-    there, _ = self.correct(X, self.predictor.targets(H, mask), mask, rng, self.config.use_chain)
+    there, _ = self.correct(X, self.predictor.predicted(H, mask), mask, rng, self.config.use_chain)
     self.train(was)
     return [dense_trace([heard[b, :, :n, :n]], [X[b, :n], there[b, :n]], about, None if truth is None else truth[b][:n]) for b, n in enumerate(mask.sum(1).tolist())]
