@@ -61,7 +61,7 @@ class CooperativeConfig(Section):
     depth: Size = 1                # blocks of the generator and of the predictor
     latent: Size = 4               # columns of z
     neighbours: Size = 16          # k of the predicted walk
-    chain: Size = 15               # K, steps of the chain in training
+    chain: Size = 10               # K, steps of the chain in training (source: 15, between 10 and 20)
     step: Positive = 0.05          # alpha
     temperature: Weight = 0.01     # tau; 0: descent without noise
     clip: Weight = 10.0            # longest pull on a cell, 0: no limit
