@@ -5,12 +5,11 @@
 # %% ../../nbs/generators/17_trial.ipynb #2c7d0dfb
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
 
 from ..core.config import at_profile
 from ..models.batches import Batch, EmbeddedSlide
@@ -23,7 +22,7 @@ from ..targets.energy import energy
 from ..targets.settings import TargetConfig
 
 # %% auto #0
-__all__ = ['examined', 'chance', 'trained', 'graded', 'trial']
+__all__ = ['examined', 'chance', 'trained', 'graded', 'trial', 'beside_plain']
 
 # %% ../../nbs/generators/17_trial.ipynb #fa197464
 def examined(slide: EmbeddedSlide, count: int = 6, size: int = 64, seed: int = 99) -> Batch:
@@ -40,7 +39,7 @@ def chance(batch: Batch, draws: int = 5) -> float:
     return float(np.mean([energy(throw(s), batch[1]).total.mean().item() for s in range(draws)]))
 
 # %% ../../nbs/generators/17_trial.ipynb #beb629c0
-def trained(name: str, *, seed: int = 0, epochs: int = 16, settings: dict[str, Any] | None = None, lr: float = 3e-3, **structure: Any) -> GeometryModel:
+def trained(name: str, *, seed: int = 0, epochs: int = 12, settings: dict[str, Any] | None = None, lr: float = 3e-3, **structure: Any) -> GeometryModel:
     "The model `name` of the catalogue with its own `settings`, after `epochs` epochs of four steps on the first toy slide; `structure`: more of that section."
     sizes = {"miniset": 64, "batch": 4, "minisets_per_epoch": 16, "guess_epochs": epochs // 2, "epochs": epochs - epochs // 2, "lr": lr, "guess_lr": lr, "progress": False}
     config = at_profile(model_class(name).Training, "smoke", model={"name": name, "settings": settings or {}}, **{**sizes, **structure})
@@ -53,10 +52,15 @@ def graded(model: GeometryModel, batch: Batch, draws: int = 3) -> float:
     return float(np.mean([mean_energy(model, [batch], rng=torch.Generator().manual_seed(s)) for s in range(draws if model.stochastic else 1)]))
 
 
-def trial(name: str, seeds: tuple[int, ...] = (0, 1), **how: Any) -> dict[str, Any]:
-    "A row: `E_geo` on minisets of the second slide, mean over seeds and half their range, and process seconds of a training; `how`: of `trained`."
-    batch, found, began = examined(toy_slides(dim=24, n=150)[1]), [], time.process_time()
-    for seed in seeds:
-        found.append(graded(trained(name, seed=seed, **how), batch))
-    seconds = (time.process_time() - began) / len(seeds)
-    return {"model": name, "E_geo": float(np.mean(found)), "+-": float(np.ptp(found)) / 2, "chance": chance(batch), "seconds": seconds}
+def trial(name: str, seeds: tuple[int, ...] = (0, 1), **how: Any) -> tuple[dict[str, Any], list[GeometryModel]]:
+    "A row (`E_geo` on minisets of the second slide, mean over seeds and half their range) and the trained models; `how`: of `trained`."
+    batch, models = examined(toy_slides(dim=24, n=150)[1]), [trained(name, seed=seed, **how) for seed in seeds]
+    found = [graded(model, batch) for model in models]
+    return {"model": name, "E_geo": float(np.mean(found)), "+-": float(np.ptp(found)) / 2}, models
+
+
+def beside_plain(name: str, seeds: tuple[int, ...] = (0, 1), **how: Any) -> tuple[pd.DataFrame, list[GeometryModel]]:
+    "Rows of chance, `plain` and `name`, the last two trained for as many steps, and the trained models of `name`."
+    row, models = trial(name, seeds, **how)
+    level = {"model": "chance", "E_geo": chance(examined(toy_slides(dim=24, n=150)[1])), "+-": 0.0}
+    return pd.DataFrame([level, trial("plain", seeds)[0], row]).set_index("model").round(3), models
