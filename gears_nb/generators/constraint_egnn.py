@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Count, Section, Size, Weight
-from ..core.seeding import randn
 from .edges import SetTrunk, candidate_edges, dense, geometry_terms, landmarks, row_mlp, rows_at, triangle_excess, with_landmarks
 from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix

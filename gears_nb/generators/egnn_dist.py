@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.config import Count, Section, Size, Weight
+from ..core.config import Section, Size, Weight
 from .constraint_egnn import Messages, on_edges
 from .edges import candidate_edges, geometry_terms, landmarks, repulsion, row_mlp, rows_at, triangle_excess, with_landmarks
 from .operator_vae import cell_noise

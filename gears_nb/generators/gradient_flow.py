@@ -36,7 +36,7 @@ class GradientFlowConfig(Section):
 
     steps: Annotated[int, Range(1, 64)] = 8                   # K
     method: Literal["euler", "midpoint", "rk4"] = "euler"     # of torchdiffeq, with fixed steps
-    watched: Size = 4        # checkpoints after the start where the energy is taken: at most K
+    watched: Size = 2        # checkpoints after the start where the energy is taken: at most K
     width: Size = 48         # columns of h
     heads: Size = 4
     inducing: Size = 16      # points of an ISAB block

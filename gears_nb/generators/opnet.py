@@ -35,9 +35,9 @@ def stationary(T: Tensor, turns: int = 50) -> Tensor:
 
 
 def imbalance(T: Tensor, share: Tensor) -> Tensor:
-    "`sum (pi_i T_ij - pi_j T_ji)^2` `(B,)` times n: what flows round and does not come back."
+    "`sum (pi_i T_ij - pi_j T_ji)^2` `(B,)` over `sum (pi_i T_ij)^2`: what flows round and does not come back; 0 in balance, 2 if nothing comes back."
     flow = share[..., None] * T
-    return T.shape[1] * (flow - flow.transpose(1, 2)).square().sum((1, 2))
+    return (flow - flow.transpose(1, 2)).square().sum((1, 2)) / flow.square().sum((1, 2)).clamp(min=1e-12)
 
 
 def row_entropy(T: Tensor) -> Tensor:
