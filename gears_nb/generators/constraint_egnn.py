@@ -18,7 +18,7 @@ from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
 from ..models.contract import Geometry, GeometryModel, Stage, length
-from ..targets.builder import GeoTargets
+from ..targets.builder import GeoTargets, directed_edges
 from ..targets.energy import masked_mean
 
 # %% auto #0
@@ -110,7 +110,8 @@ class ConstraintEGNNConfig(Section):
 
 # %% ../../nbs/generators/11_constraint_egnn.ipynb #b8483dad
 class ConstraintEGNN(GeometryModel):
-    "Lengths, then equivariant layers; see `ConstraintEGNNConfig`. `distances` and `uncertainty` of the answer are known on its edges, NaN elsewhere."
+    """Lengths, then equivariant layers; see `ConstraintEGNNConfig`. `distances` of the answer: the lengths on its edges, elsewhere those of the places;
+    `uncertainty`: the spread on its edges, elsewhere infinite."""
 
     Config = ConstraintEGNNConfig
     stochastic = True
@@ -147,15 +148,14 @@ def answer(self: ConstraintEGNN, h: Tensor, index: Tensor, ok: Tensor, mask: Ten
     mean, spread = self.lengths(h[:, :, None], rows_at(h, index))
     d = F.softplus(mean + self.config.noise * spread * edge_noise(index, ok, rng, h))
     X = gauge_fix(self.placed(self.start(h), h, d, index, ok), mask)
-    return Geometry(X, distances=on_edges(d, index, ok), uncertainty=on_edges(spread, index, ok)), d
+    return Geometry(X, distances=on_edges(d, index, ok, torch.cdist(X, X)), uncertainty=on_edges(spread, index, ok, torch.inf)), d
 
 
-def on_edges(values: Tensor, index: Tensor, ok: Tensor) -> Tensor:
-    "Edge values `(B, n, K)` as a symmetric matrix `(B, n, n)`, NaN where neither end has the edge."
-    known = dense(torch.ones_like(values), index, ok) > 0
-    matrix = dense(values, index, ok)
-    there, back = known, known.transpose(1, 2)
-    return torch.where(there, matrix, matrix.transpose(1, 2)).masked_fill(~(there | back), torch.nan)
+def on_edges(values: Tensor, index: Tensor, ok: Tensor, other: Tensor | float = 0.0) -> Tensor:
+    "Edge values `(B, n, K)`, the same in both directions, as a symmetric matrix `(B, n, n)`; `other` where neither end has the edge."
+    there, matrix = directed_edges(index, ok), dense(values, index, ok)
+    known = there | there.transpose(1, 2)
+    return torch.where(known, torch.where(there, matrix, matrix.transpose(1, 2)), other)
 
 
 @patch
@@ -180,7 +180,7 @@ def losses(self: ConstraintEGNN, H: Tensor, batch: GeoTargets, mask: Tensor | No
     index, ok = self.edges(H, mask)
     h = self.rows(H, mask, rng)
     said, d = self.answer(h, index, ok, mask, rng)
-    excess, counts = triangle_excess(said.distances.nan_to_num(0.0), index, ok, rng, c.triplets)
+    excess, counts = triangle_excess(on_edges(d, index, ok), index, ok, rng, c.triplets)
     terms = {**geometry_terms(said.X, batch), "lengths": length_loss(self.lengths, h, batch), "triangle": masked_mean(excess, counts).mean()}
     return {"loss": terms["rw"] + c.stress * terms["stress"] + c.lengths * terms["lengths"] + c.triangle * terms["triangle"], **terms}
 

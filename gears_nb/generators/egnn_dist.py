@@ -78,8 +78,8 @@ class PairHead(nn.Module):
 
 
 class EGNNDist(GeometryModel):
-    """Equivariant messages and a head for lengths; see `EGNNDistConfig`. `distances` and `uncertainty` (a standard deviation) of the answer are known on its
-    edges, NaN elsewhere."""
+    """Equivariant messages and a head for lengths; see `EGNNDistConfig`. `distances` of the answer: the lengths on its edges, elsewhere those of the places;
+    `uncertainty`: a standard deviation on its edges, elsewhere infinite."""
 
     Config = EGNNDistConfig
     config: EGNNDistConfig
@@ -111,12 +111,12 @@ def drawn(self: EGNNDist, H: Tensor, index: Tensor, ok: Tensor, mask: Tensor, rn
 
 @patch
 def forward(self: EGNNDist, H: Tensor, mask: Tensor | None = None, rng: torch.Generator | None = None) -> Geometry:
-    "Places, and lengths with their standard deviation; weights of a stitching are its inverse square, `e^-s`."
+    "Places, and lengths with their standard deviation; weights of a stitching are its inverse square, `e^-s`, 0 where nothing is said."
     mask = torch.ones(H.shape[:2], dtype=torch.bool, device=H.device) if mask is None else mask
     index, ok = self.edges(H, mask)
     X, h = self.drawn(H, index, ok, mask, rng)
     d, s = self.head(h[:, :, None], rows_at(h, index))
-    return Geometry(X, distances=on_edges(d, index, ok), uncertainty=on_edges((s / 2).exp(), index, ok))
+    return Geometry(X, distances=on_edges(d, index, ok, torch.cdist(X, X)), uncertainty=on_edges((s / 2).exp(), index, ok, torch.inf))
 
 # %% ../../nbs/generators/13_egnn_dist.ipynb #d6870410
 @patch
@@ -126,7 +126,7 @@ def length_terms(self: EGNNDist, X: Tensor, h: Tensor, batch: GeoTargets, index:
     d, s = self.head(a, b)
     known = masked_mean((d - batch.ref_distances).square() * (-s).exp() + s, batch.edge_mask)
     d, _ = self.head(h[:, :, None], rows_at(h, index))
-    excess, counts = triangle_excess(on_edges(d, index, ok).nan_to_num(0.0), index, ok, rng, self.config.triplets)
+    excess, counts = triangle_excess(on_edges(d, index, ok), index, ok, rng, self.config.triplets)
     drawn = ((rows_at(X, index) - X[:, :, None]).square().sum(-1) + SOFT_LENGTH**2).sqrt()
     apart = masked_mean((drawn - d).square().flatten(1), ok.flatten(1))
     return {"lengths": known.mean(), "triangle": masked_mean(excess, counts).mean(), "cycle": apart.mean()}

@@ -50,7 +50,7 @@ class IPARConfig(Section):
     blocks: Size = 2         # of one pass
     recycles: Size = 3       # passes
     neighbours: Size = 16    # k of kNN(H)
-    hub: bool = True         # every cell also sees the landmarks
+    hub: bool = False        # every cell also sees the landmarks
     latent: Count = 8        # dimensions of z
     sigma: Weight = 0.2      # noise of the first places, in gauge units
     dropout: Share = 0.1     # of f, also when sampling
@@ -73,36 +73,35 @@ class IPABlock(nn.Module):
         super().__init__()
         self.heads, self.moves = c.heads, c.moves
         self.norm, self.qkv, self.out = nn.LayerNorm(c.width), nn.Linear(c.width, 3 * c.width, bias=False), nn.Linear(c.width, c.width)
-        self.pair, self.bias = Messages(c.width, c.hidden, extra=1), nn.Linear(c.hidden, c.heads)
-        self.gamma = nn.Parameter(torch.full((c.heads,), -1.0))           # softplus(.), starts near 0.3
-        self.message, self.read = Messages(c.width, c.hidden, extra=1), nn.Linear(c.hidden, 2)
+        self.message, self.read = Messages(c.width, c.hidden, extra=1), nn.Linear(c.hidden, c.heads + 2)  # biases, logit of the step, phi
+        self.gamma = nn.Parameter(torch.full((c.heads,), -1.0))                                          # softplus(.), starts near 0.3
         self.maps = nn.Parameter(torch.zeros(c.heads, 2, 2)) if c.moves == "maps" else None
         self.rows = nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, 2 * c.width), nn.SiLU(), nn.Linear(2 * c.width, c.width))
 
-    def terms(self, z: Tensor, h: Tensor, d2: Tensor, index: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        "Terms of the logits, `(B, n, K, heads)` each, and values `(B, n, K, heads, width / heads)`; `d2` `(B, n, K)`: squared distances."
-        q, k, v = self.qkv(z).chunk(3, -1)
-        k, v = (a.unflatten(-1, (self.heads, -1)) for a in rows_at(torch.cat([k, v], -1), index).chunk(2, -1))
-        qk = (q.unflatten(-1, (self.heads, -1))[:, :, None] * k).sum(-1) / k.shape[-1] ** 0.5
-        pair = self.bias(self.pair(h, index, (d2 + 1e-6).sqrt()[..., None]))
-        return {"qk": qk, "pair": pair, "geo": -F.softplus(self.gamma) * d2[..., None]}, v
+    def attended(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        "Scores `(B, n, K, heads)` and values `(B, n, K, heads, width / heads)` of normalised rows."
+        q, k, v = self.qkv(z).unflatten(-1, (3 * self.heads, -1)).chunk(3, -2)
+        k, v = rows_at(torch.cat([k, v], -2).flatten(2), index).unflatten(-1, (2 * self.heads, -1)).chunk(2, -2)
+        return (q[:, :, None] * k).sum(-1) / k.shape[-1] ** 0.5, v
 
-    def step(self, x: Tensor, f: Tensor, d2: Tensor, attention: Tensor, index: Tensor, ok: Tensor) -> Tensor:
+    def step(self, x: Tensor, logit: Tensor, phi: Tensor, attention: Tensor, index: Tensor, ok: Tensor) -> Tensor:
         "New places."
         if self.maps is not None:
             pull = (attention[..., None] * (rows_at(x, index) - x[:, :, None])[:, :, :, None]).sum(2)      # (B, n, heads, 2)
             return x + torch.einsum("hcd,bnhd->bnc", self.maps, pull)
-        logit, phi = self.read(self.message(f, index, (d2 + 1e-6).sqrt()[..., None])).unbind(-1)
         return pulled(x, softmax_over(logit, ok) * (phi.sigmoid() if self.moves == "sigmoid" else phi), index)
 
-    def forward(self, x: Tensor, f: Tensor, h: Tensor, index: Tensor, ok: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        "Places, rows, and the terms of the logits with the attention."
-        d2 = (rows_at(x, index) - x[:, :, None]).square().sum(-1)
-        terms, v = self.terms(self.norm(f), h, d2, index)
-        attention = softmax_over(sum(terms.values()), ok)
+    def forward(self, x: Tensor, f: Tensor, index: Tensor, ok: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        "Places, rows, and the terms of the logits with the attention, `(B, n, K, heads)` each."
+        z, d2 = self.norm(f), (rows_at(x, index) - x[:, :, None]).square().sum(-1)
+        read = self.read(self.message(z, index, (d2 + 1e-6).sqrt()[..., None]))
+        pair, logit, phi = read[..., :-2], read[..., -2], read[..., -1]
+        qk, v = self.attended(z, index)
+        geo = -F.softplus(self.gamma) * d2[..., None]
+        attention = softmax_over(qk + pair + geo, ok)
+        x = self.step(x, logit, phi, attention, index, ok)
         f = f + self.out((attention[..., None] * v).sum(2).flatten(2))
-        f = f + self.rows(f)
-        return self.step(x, f, d2, attention, index, ok), f, {**terms, "attention": attention}
+        return x, f + self.rows(f), {"qk": qk, "pair": pair, "geo": geo, "attention": attention}
 
 # %% ../../nbs/generators/12_ipa_r.ipynb #27075404
 def with_self(index: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,27 +130,27 @@ class IPAR(GeometryModel):
         index, ok = candidate_edges(H, mask, self.config.neighbours)
         return with_self(*(with_landmarks(index, ok, *landmarks(H, mask), mask) if self.config.hub else (index, ok)))
 
-    def begun(self, H: Tensor, mask: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        "First places `(B, n, 2)`, F0 and the rows h of the pair bias `(B, n, width)`."
+    def begun(self, H: Tensor, mask: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        "First places `(B, n, 2)` and F0 `(B, n, width)`."
         c, real = self.config, mask[..., None]
         rows = torch.cat([H, cell_noise(mask, c.latent, rng, H)], -1)
-        h, f = self.init(rows, mask), self.lift(torch.where(real, rows, 0.0))
+        f = self.lift(torch.where(real, rows, 0.0))
         keep = torch.ones_like(f)
         keep[mask] = (rand(rng, int(mask.sum()), c.width, like=f) >= c.dropout).to(f) / max(1 - c.dropout, 1e-6)
-        x = gauge_fix(self.first(h), mask) + c.sigma * cell_noise(mask, 2, rng, H)
-        return gauge_fix(x, mask), f * keep, h
+        x = gauge_fix(self.first(self.init(rows, mask)), mask) + c.sigma * cell_noise(mask, 2, rng, H)
+        return gauge_fix(x, mask), f * keep
 
 # %% ../../nbs/generators/12_ipa_r.ipynb #ead6a07e
 @patch
 def passes(self: IPAR, H: Tensor, mask: Tensor, rng: torch.Generator | None, lists: tuple[Tensor, Tensor] | None = None) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     "Places before the first pass and after every one, and what the last block of every pass attended to; `lists`: another graph."
     index, ok = self.edges(H, mask) if lists is None else lists
-    x, f0, h = self.begun(H, mask, rng)
+    x, f0 = self.begun(H, mask, rng)
     xs, seen = [x], []
     for _ in range(self.config.recycles):
         x, f = xs[-1].detach() if seen else xs[-1], f0
         for block in self.blocks:
-            x, f, told = block(x, f, h, index, ok)
+            x, f, told = block(x, f, index, ok)
             x = gauge_fix(x, mask)
         xs.append(x)
         seen.append(told)

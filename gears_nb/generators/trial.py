@@ -5,6 +5,7 @@
 # %% ../../nbs/generators/17_trial.ipynb #2c7d0dfb
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -52,15 +53,21 @@ def graded(model: GeometryModel, batch: Batch, draws: int = 3) -> float:
     return float(np.mean([mean_energy(model, [batch], rng=torch.Generator().manual_seed(s)) for s in range(draws if model.stochastic else 1)]))
 
 
-def trial(name: str, seeds: tuple[int, ...] = (0, 1), **how: Any) -> tuple[dict[str, Any], list[GeometryModel]]:
-    "A row (`E_geo` on minisets of the second slide, mean over seeds and half their range) and the trained models; `how`: of `trained`."
-    batch, models = examined(toy_slides(dim=24, n=150)[1]), [trained(name, seed=seed, **how) for seed in seeds]
-    found = [graded(model, batch) for model in models]
-    return {"model": name, "E_geo": float(np.mean(found)), "+-": float(np.ptp(found)) / 2}, models
+def trial(name: str, seeds: tuple[int, ...] = (0, 1), *, kept: list[GeometryModel] | None = None, **how: Any) -> dict[str, Any]:
+    """A row: `E_geo` on minisets of the second slide, mean over seeds and half their range, that of chance, and process seconds of a training.
+
+    `kept`: a list that gets the trained models; `how`: of `trained`."""
+    batch, began = examined(toy_slides(dim=24, n=150)[1]), time.process_time()
+    models = [trained(name, seed=seed, **how) for seed in seeds]
+    seconds, found = (time.process_time() - began) / len(seeds), [graded(model, batch) for model in models]
+    if kept is not None:
+        kept += models
+    return {"model": name, "E_geo": float(np.mean(found)), "+-": float(np.ptp(found)) / 2, "chance": chance(batch), "seconds": seconds}
 
 
 def beside_plain(name: str, seeds: tuple[int, ...] = (0, 1), **how: Any) -> tuple[pd.DataFrame, list[GeometryModel]]:
     "Rows of chance, `plain` and `name`, the last two trained for as many steps, and the trained models of `name`."
-    row, models = trial(name, seeds, **how)
-    level = {"model": "chance", "E_geo": chance(examined(toy_slides(dim=24, n=150)[1])), "+-": 0.0}
-    return pd.DataFrame([level, trial("plain", seeds)[0], row]).set_index("model").round(3), models
+    models: list[GeometryModel] = []
+    own, plain = trial(name, seeds, kept=models, **how), trial("plain", seeds)
+    level = {"model": "chance", "E_geo": own["chance"], "+-": 0.0}
+    return pd.DataFrame([level, plain, own])[["model", "E_geo", "+-"]].set_index("model").round(3), models

@@ -31,7 +31,7 @@ class Geometry:
     V: Tensor | None = None                   # (B, n, r) latent places, if the model has them
     distances: Tensor | None = None           # (B, n, n) if the model predicts them apart from X
     operator: Tensor | None = None            # (B, n, n) row-stochastic, if the model predicts one
-    uncertainty: Tensor | None = None         # (B, n) per cell, in units of X, if the model knows it
+    uncertainty: Tensor | None = None         # (B, n) per cell or (B, n, n) per pair (inf: nothing said), in units of X, if the model knows it
     trace: dict[str, Tensor] | None = None    # what happened inside, if asked for
 
 # %% ../../nbs/models/02_contract.ipynb #1934204c
