@@ -242,7 +242,8 @@ def test_gears_reconstructs_with_it(name, files, tmp_path, capsys):
     path = lambda x: str(files / f"{x}.h5ad")
     own = [f"structure.model.settings.{k}={v}" for k, v in TINY[name].items()]
     code = main(["reconstruct", "--slides", path("a"), path("b"), "--cells", path("q"), "--out", str(tmp_path / "r.h5ad"), "--profile", "smoke", "--quiet", "--model-dir",
-                 str(tmp_path / "m"), "--model-kind", name, "--set", "structure.guess_epochs=1", "structure.epochs=1", "encoder.epochs=1", *own])
+                 str(tmp_path / "m"), "--model-kind", name, "--set", "structure.guess_epochs=1", "structure.epochs=1", "structure.minisets_per_epoch=4",
+                 "structure.miniset=48", "encoder.epochs=1", *own])
     assert code == 0 and "cells placed" in capsys.readouterr().out
     made = Gears.load(tmp_path / "m")
     assert made.config.structure.model.name == name and made.config.structure.model.settings == TINY[name]
