@@ -22,10 +22,19 @@ from ..targets.builder import GeoTargets, directed_edges
 from ..targets.energy import masked_mean
 
 # %% auto #0
-__all__ = ['LengthHead', 'likelihood', 'edge_noise', 'Messages', 'softmax_over', 'ConstraintLayer', 'ConstraintEGNNConfig',
-           'ConstraintEGNN', 'on_edges', 'length_loss']
+__all__ = ['edges_in', 'LengthHead', 'likelihood', 'edge_noise', 'Messages', 'softmax_over', 'ConstraintLayer',
+           'ConstraintEGNNConfig', 'ConstraintEGNN', 'on_edges', 'length_loss']
 
 # %% ../../nbs/generators/11_constraint_egnn.ipynb #bb2cef1a
+def edges_in(H: Tensor, mask: Tensor, neighbours: int, hub: bool) -> tuple[Tensor, Tensor]:
+    "Lists `(B, n, K)` of the nearest `neighbours` in H `(B, n, d)`; with `hub`, every cell also sees the landmarks in H."
+    index, ok = candidate_edges(H, mask, neighbours)
+    if not hub:
+        return index, ok
+    marks, marks_ok = landmarks(H, mask)
+    return with_landmarks(index, ok, marks, marks_ok, mask)
+
+
 class LengthHead(nn.Module):
     "Raw mean and spread of the length of pairs of rows `a`, `b` `(..., dim)`: `(...)` each, the same in both orders. A length is softplus(mean + spread * noise)."
 
@@ -128,8 +137,7 @@ class ConstraintEGNN(GeometryModel):
 
     def edges(self, H: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         "Lists `(B, n, K)`: neighbours in H, and landmarks."
-        index, ok = candidate_edges(H, mask, self.config.neighbours)
-        return with_landmarks(index, ok, *landmarks(H, mask), mask) if self.config.hub else (index, ok)
+        return edges_in(H, mask, self.config.neighbours, self.config.hub)
 
     def rows(self, H: Tensor, mask: Tensor, rng: torch.Generator | None) -> Tensor:
         "h `(B, n, width)`, with a latent of its own for every cell."
@@ -170,7 +178,8 @@ def forward(self: ConstraintEGNN, H: Tensor, mask: Tensor | None = None, rng: to
 def length_loss(head: LengthHead, h: Tensor, targets: GeoTargets) -> Tensor:
     "Mean `likelihood` of the lengths of the reference edges under `head` on rows `h` `(B, n, dim)`."
     a, b = rows_at(h, targets.multiscale_edges).unbind(2)
-    return masked_mean(likelihood(*head(a, b), targets.ref_distances), targets.edge_mask).mean()
+    mean, spread = head(a, b)
+    return masked_mean(likelihood(mean, spread, targets.ref_distances), targets.edge_mask).mean()
 
 
 @patch

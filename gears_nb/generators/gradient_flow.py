@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.config import Range, Section, Size, Weight
 from ..core.errors import InputError
-from .constraint_egnn import Messages, softmax_over
-from .edges import SetTrunk, candidate_edges, landmarks, repulsion, rows_at, with_landmarks
+from .constraint_egnn import Messages, edges_in, softmax_over
+from .edges import SetTrunk, repulsion, rows_at
 from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
@@ -92,8 +92,7 @@ class GradientFlow(GeometryModel):
 
     def edges(self, H: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         "Lists `(B, n, K)`: neighbours in H, and landmarks."
-        index, ok = candidate_edges(H, mask, self.config.neighbours)
-        return with_landmarks(index, ok, *landmarks(H, mask), mask) if self.config.hub else (index, ok)
+        return edges_in(H, mask, self.config.neighbours, self.config.hub)
 
     def speed(self, t: Tensor, x: Tensor, *seen: Tensor) -> Tensor:
         "The velocity; with `recompute`, without keeping what it is made of."

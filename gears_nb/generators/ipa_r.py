@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from ..core.config import Count, Section, Share, Size, Weight
 from ..core.errors import InputError
 from ..core.seeding import rand
-from .constraint_egnn import Messages, softmax_over
-from .edges import (PairedTargets, SetTrunk, candidate_edges, geometry_terms, landmarks, neighbour_lists, overlap_loss, paired_batches, repulsion,
-                                       rows_at, with_landmarks)
+from .constraint_egnn import Messages, edges_in, softmax_over
+from .edges import PairedTargets, SetTrunk, geometry_terms, neighbour_lists, overlap_loss, paired_batches, repulsion, rows_at
 from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Batches, Run, target_batches
@@ -127,8 +126,7 @@ class IPAR(GeometryModel):
 
     def edges(self, H: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         "Lists `(B, n, K)`: the cell itself, neighbours in H, and landmarks."
-        index, ok = candidate_edges(H, mask, self.config.neighbours)
-        return with_self(*(with_landmarks(index, ok, *landmarks(H, mask), mask) if self.config.hub else (index, ok)))
+        return with_self(*edges_in(H, mask, self.config.neighbours, self.config.hub))
 
     def begun(self, H: Tensor, mask: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
         "First places `(B, n, 2)` and F0 `(B, n, width)`."
