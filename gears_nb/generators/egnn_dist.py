@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import Section, Size, Weight
-from .constraint_egnn import Messages, on_edges
-from .edges import candidate_edges, geometry_terms, landmarks, repulsion, row_mlp, rows_at, triangle_excess, with_landmarks
+from .constraint_egnn import Messages, edges_in, on_edges
+from .edges import geometry_terms, repulsion, row_mlp, rows_at, triangle_excess
 from .operator_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
@@ -95,8 +95,7 @@ class EGNNDist(GeometryModel):
 
     def edges(self, H: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         "Lists `(B, n, K)`: neighbours in H, and landmarks."
-        index, ok = candidate_edges(H, mask, self.config.neighbours)
-        return with_landmarks(index, ok, *landmarks(H, mask), mask) if self.config.hub else (index, ok)
+        return edges_in(H, mask, self.config.neighbours, self.config.hub)
 
 # %% ../../nbs/generators/13_egnn_dist.ipynb #a7cc5795
 @patch
