@@ -114,7 +114,7 @@ class ConstraintEGNNConfig(Section):
     noise: Weight = 1.0      # share of the spread that a sample sees
     triplets: Size = 1000
     stress: Weight = 0.1     # weights of losses beside L_RW
-    lengths: Weight = 0.1
+    lengths: Weight = 1.0
     triangle: Weight = 0.01
 
 # %% ../../nbs/generators/11_constraint_egnn.ipynb #b8483dad
