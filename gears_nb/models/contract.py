@@ -25,13 +25,13 @@ __all__ = ['Geometry', 'geometry_loss', 'Stage', 'length', 'NoSettings', 'Geomet
 # %% ../../nbs/models/02_contract.ipynb #061ca50f
 @dataclass(frozen=True)
 class Geometry:
-    "A predicted geometry of `B` padded minisets."
+    "A predicted geometry of `B` padded minisets. A model that knows it per pair gives an `uncertainty` `(B, n, n)`, infinite where nothing is said."
 
     X: Tensor                                 # (B, n, 2) coordinates in unit-RMS gauge, 0 where padded
     V: Tensor | None = None                   # (B, n, r) latent places, if the model has them
     distances: Tensor | None = None           # (B, n, n) if the model predicts them apart from X
     operator: Tensor | None = None            # (B, n, n) row-stochastic, if the model predicts one
-    uncertainty: Tensor | None = None         # (B, n) per cell or (B, n, n) per pair (inf: nothing said), in units of X, if the model knows it
+    uncertainty: Tensor | None = None         # (B, n) per cell, in units of X, if the model knows it
     trace: dict[str, Tensor] | None = None    # what happened inside, if asked for
 
 # %% ../../nbs/models/02_contract.ipynb #1934204c
