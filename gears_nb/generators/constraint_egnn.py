@@ -42,7 +42,6 @@ class LengthHead(nn.Module):
         super().__init__()
         self.each, self.both = nn.Linear(dim, width), nn.Linear(dim, width, bias=False)
         self.net = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
-        nn.init.constant_(self.net[-1].bias[1:], -1.5)  # a spread of .2 at the start
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         mean, spread = self.net(self.each(a + b) + self.both(a * b)).unbind(-1)
