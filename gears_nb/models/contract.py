@@ -25,7 +25,7 @@ __all__ = ['Geometry', 'geometry_loss', 'Stage', 'length', 'NoSettings', 'Geomet
 # %% ../../nbs/models/02_contract.ipynb #061ca50f
 @dataclass(frozen=True)
 class Geometry:
-    "A predicted geometry of `B` padded minisets."
+    "A predicted geometry of `B` padded minisets. A model that knows it per pair gives an `uncertainty` `(B, n, n)`, infinite where nothing is said."
 
     X: Tensor                                 # (B, n, 2) coordinates in unit-RMS gauge, 0 where padded
     V: Tensor | None = None                   # (B, n, r) latent places, if the model has them
