@@ -1,8 +1,6 @@
-"""Every notebook is a test; the package is what the notebooks export; notebooks stay readable."""
+"""The package is what the notebooks export; notebooks stay readable. That they run is shown in `test_book_first.py` and `test_book_second.py`."""
 import filecmp
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import subprocess
@@ -25,34 +23,6 @@ def cells(path, kind=None):
 
 def exported(source):
     return any(re.match(r"#\|\s*export", line) for line in source.splitlines())
-
-
-def run_alone(path):
-    """Run a notebook in this process, which ends with it: exit status 0 if it passed."""
-    import matplotlib
-    from nbdev.test import test_nb
-    matplotlib.rcdefaults()
-    os.cpu_count = lambda: 1  # experiments open a process pool for every core, and a pool inside a fork of pytest waits for ever
-    os.chdir(path.parent)
-    passed, _ = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(not passed)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="notebooks are run in forked processes")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
-def test_runs(path, monkeypatch):
-    """A fork keeps what a notebook changes (registries, figure style) to itself, without importing torch 50 times."""
-    monkeypatch.setenv("IN_TEST", "1")
-    child = multiprocessing.get_context("fork").Process(target=run_alone, args=(path,))
-    child.start()
-    child.join(180)
-    late = child.is_alive()
-    child.kill()
-    child.join()
-    assert not late, f"{name(path)} took more than 180 s, notebooks should take less than 20"
-    assert child.exitcode == 0, f"{name(path)} failed; its error is printed above"
 
 
 def test_export_leaves_no_diff(tmp_path):

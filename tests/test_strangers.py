@@ -20,7 +20,7 @@ from test_cli import GEARS, refused, tissue
 import gears_nb.reconstruct.facade as facade
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.core.page import contents
-from gears_nb.reconstruct.facade import Gears
+from gears_nb.reconstruct.facade import MODEL_FORMAT, Gears
 from gears_nb.reconstruct.settings import profile
 from gears_nb.runs.cli import main
 
@@ -482,7 +482,7 @@ def edited(here, change):
     return folder
 
 
-EDITS = {"future format": (lambda t: t.replace('"format": 2', '"format": 99'), "format"), "future model": (lambda t: t.replace('"format": 5', '"format": 99'), "seal"),
+EDITS = {"future format": (lambda t: t.replace('"format": 2', '"format": 99'), "format"), "future model": (lambda t: t.replace(f'"format": {MODEL_FORMAT}', '"format": 99'), "seal"),
          "cut short": (lambda t: t[: len(t) // 2], "not readable"), "empty": (lambda t: "", "not readable"), "no object": (lambda t: "[1]", "not readable"),
          "another seed": (lambda t: t.replace('"seed": 0', '"seed": 1'), "edited"), "another gene": (lambda t: t.replace("Gene7\"", "Gene700\""), "edited"),
          "another weight file": (lambda t: t.replace(".safetensors", "x.safetensors"), "edited"), "a file elsewhere": (lambda t: t.replace('"tensors": "', '"tensors": "../'), "edited"), "no seal": (lambda t: t.replace('"seal"', '"sea"'), "edited"),

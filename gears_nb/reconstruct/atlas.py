@@ -117,7 +117,7 @@ class Atlas:
         named = {f"{name}.{i}": part for name in ("H", "plain", "coords") for i, part in enumerate(getattr(self, name))}
         return {name: np.ascontiguousarray(part) for name, part in (named | {"axes": self.axes}).items()}
 
-
+# %% ../../nbs/reconstruct/12_atlas.ipynb #a7la5009
 def atlas_from(state: Mapping[str, np.ndarray]) -> Atlas:
     "The atlas of `Atlas.state`. Raises `KeyError` if a part is missing."
     n = sum(name.startswith("coords.") for name in state)

@@ -103,7 +103,7 @@ def folds_of(embed: Rows, components: Rows, slides: Sequence[AnnData], atlas: At
         return [Fold(s, embed, components, atlas, s) for s in range(len(slides))]
     return [Fold(s, *refit([t for i, t in enumerate(slides) if i != s]), None) for s in range(len(slides))]
 
-
+# %% ../../nbs/reconstruct/14_rehearsal.ipynb #a7la6002
 @dataclass(frozen=True)
 class Heard:
     "One piece of a spoiled section: distances `scaled` (E, 10) in one unit, true ones `true` (E,) of `pairs` (E, 2), and `doubt` (n, 6)."
