@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from book import NBS, NOTEBOOKS, name
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS = ROOT / "nbs"
-NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+ROOT = NBS.parent
 MODULES = sorted(p for p in (ROOT / "gears_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-name = lambda path: path.relative_to(NBS).as_posix()
 
 
 def cells(path, kind=None):
