@@ -12,6 +12,7 @@ from gears_nb.core.errors import InputError
 from gears_nb.data.preprocess import Preprocessor
 from gears_nb.data.simulator import simulate
 from gears_nb.geometry.gauge import gauge_fix, procrustes
+from gears_nb.reconstruct.agreement import TOO_FEW, Skills, corrections, correlations, fit_skill
 from gears_nb.reconstruct.atlas import Atlas, atlas_from, make_atlas
 from gears_nb.reconstruct.facade import Gears
 from gears_nb.reconstruct.fusion import DOUBTS, LOST, SOURCES, Fusion, confidence, expected_distances, in_one_unit, look_up, own_reach, per_cell, reach
@@ -37,6 +38,12 @@ def query(slides):
     bare = slides[2].copy()
     del bare.obsm
     return bare
+
+
+def a_rehearsal(shift, weights):
+    "One without doubts in which all sources have half of a skill and errors of their own."
+    n, K = len(shift), len(SOURCES)
+    return Rehearsal(shift, weights, (0.0,) * (len(DOUBTS) + 1), ((0.5,) * K,) * n, (tuple(map(tuple, np.eye(K))),) * n, (0.1,) * n)
 
 
 def an_atlas(n=80, sections=2, d=6):
@@ -91,6 +98,44 @@ def test_a_model_that_went_wrong_about_some_cells_raises_their_expected_error():
     assert np.median(bad[:20]) > 3 * np.median(bad[20:]) and bad[:20].mean() > 3 * good[:20].mean()
 
 
+def test_a_model_that_is_wrong_about_everything_loses_weight_and_raises_every_error():
+    atlas = an_atlas(200, 1)
+    U, rows = atlas.coords[0], atlas.H[0]
+    pairs = np.stack(np.triu_indices(200, 1), 1)
+    true = np.linalg.norm(U[pairs[:, 0]] - U[pairs[:, 1]], axis=1)
+    given = lambda d: Stitched(pairs, d, *[np.ones(len(pairs))] * 2, np.ones(200), np.ones((1, 1)), np.zeros((1, 1)), 0)
+    told = Skills(np.full(len(SOURCES), 0.8), np.eye(len(SOURCES)) * 0.5 + 0.5)
+    fusion = Fusion(look_up(rows, rows, atlas), np.ones(len(SOURCES)), np.zeros(len(DOUBTS) + 1), told, usual=0.2)
+    (_, well, right), (_, ill, wrong) = (fusion.fuse(given(d)) for d in (true, RNG.permutation(true)))
+    assert wrong[0] < 0.2 * right[0] and np.isclose(wrong.sum(), 1) and (wrong >= 0).all()
+    assert np.median(ill) < np.median(well) + 0.05  # nobody listens to it
+    alone = Fusion(fusion.looked, np.r_[9, np.ones(len(SOURCES) - 1)], fusion.error, usual=0.2)  # agreement is not asked
+    assert np.quantile(alone.fuse(given(RNG.permutation(true)))[1], 0.1) > 0.2
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 8), st.integers(0, 10**6))
+def test_agreement_finds_skills_and_does_not_know_units_or_order(k, seed):
+    rng = np.random.default_rng(seed)
+    skill, true = rng.uniform(0.2, 0.95, k), rng.normal(size=6000)
+    table = true[:, None] * skill + rng.normal(size=(6000, k)) * np.sqrt(1 - skill**2)
+    told = Skills(np.full(k, 0.5), np.eye(k))
+    found, order = fit_skill(correlations([table]), told, pull=1e-4), rng.permutation(k)
+    if np.sort(skill)[-3] > 0.4:  # three that agree with each other
+        assert np.abs(found - skill).max() < 0.12
+    w = corrections(table, told)
+    units = rng.uniform(0.1, 10, k)
+    assert (w >= 0).all() and np.allclose(corrections((table * units)[:, order], told), w[order], rtol=0.02)
+
+
+def test_few_pairs_are_hearsay_and_a_liar_loses_its_weight():
+    told = Skills(np.array([0.9, 0.5, 0.5]), np.eye(3))
+    draw = lambda n: np.c_[RNG.normal(size=n), RNG.normal(size=(n, 1)) * [0.8, 0.8] + RNG.normal(size=(n, 2)) * 0.6]
+    assert (corrections(draw(TOO_FEW - 1), told) == 1).all()
+    w = corrections(draw(5000), told)  # the first agrees with nobody, the others with each other
+    assert w[0] < 0.05 and w[1:].min() > 1
+
+
 def test_from_three_sections_on_the_embedding_is_fitted_without_the_asked_one(slides):
     atlas, seen = an_atlas(sections=3), []
 
@@ -107,8 +152,8 @@ def test_no_weights_leave_the_model_alone_and_per_cell_means_are_means():
     pairs = np.stack(np.triu_indices(12, 1), 1)
     atlas, rows = an_atlas(), RNG.normal(size=(12, 6)).astype(np.float32)
     stitched = Stitched(pairs, RNG.random(len(pairs)) + 0.1, *[np.ones(len(pairs))] * 2, np.ones(12), np.ones((1, 1)), np.zeros((1, 1)), 0)
-    fused, error = Fusion(look_up(rows, rows, atlas), np.zeros(len(SOURCES)), np.r_[np.zeros(len(DOUBTS)), 0.3]).fuse(stitched)
-    assert np.allclose(fused.distance, stitched.distance) and error.min() >= 0.3 and np.median(error) < 0.6
+    fused, error, share = Fusion(look_up(rows, rows, atlas), np.zeros(len(SOURCES)), np.r_[np.zeros(len(DOUBTS)), 0.3]).fuse(stitched)
+    assert share[0] == 1 and np.allclose(fused.distance, stitched.distance) and error.min() >= 0.3 and np.median(error) < 0.6
     slow = [stitched.distance[(pairs == i).any(1)].mean() for i in range(12)]
     assert np.allclose(per_cell(stitched.distance, pairs, 12), slow)
 
@@ -136,12 +181,12 @@ def test_shift_is_one_among_equals_and_grows():
 @given(st.floats(0.01, 100), st.lists(st.floats(0.5, 5), min_size=4, max_size=4))
 def test_weights_lie_between_those_of_the_levels(shift, shifts):
     levels = np.random.default_rng(2).random((4, len(SOURCES)))
-    w = Rehearsal(tuple(shifts), tuple(map(tuple, levels)), (0.0,) * 7).weights_at(shift)
+    w = a_rehearsal(tuple(shifts), tuple(map(tuple, levels))).weights_at(shift)
     assert (w >= levels[LEAST:].min(0) - 1e-12).all() and (w <= levels[LEAST:].max(0) + 1e-12).all()
 
 
 def test_a_damaged_record_of_a_rehearsal_is_refused():
-    good = Rehearsal((1.0, 2.0), ((0.0,) * len(SOURCES),) * 2, (0.0,) * (len(DOUBTS) + 1)).to_dict()
+    good = a_rehearsal((1.0, 2.0), ((0.0,) * len(SOURCES),) * 2).to_dict()
     assert rehearsal_from(json.loads(json.dumps(good))).shift == (1.0, 2.0)
     for change in ({"error": (0.0,) * 5}, {"weights": ((0.0,) * len(SOURCES),)}, {"weights": ((0.0,) * 5,) * 2}):
         with pytest.raises(ValueError, match="another size"):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.settings import GearsConfig
 
 # %% auto #0
-__all__ = ['OURS', 'DEFAULT', 'atlas_mapping', 'atlas_positions', 'true_places', 'blind', 'method_names', 'Contest', 'places',
+__all__ = ['OURS', 'DEFAULT', 'atlas_mapping', 'atlas_positions', 'true_places', 'nameless', 'method_names', 'Contest', 'places',
            'method_row', 'run_contest', 'in_order', 'text_table', 'write_rows', 'report_page']
 
 # %% ../../nbs/benchmark/08_own_data.ipynb #4ba7583e
@@ -73,7 +73,7 @@ def true_places(query: AnnData, source: str = "cells", *, plane: str | None = No
     return found.xy
 
 
-def blind(query: AnnData) -> AnnData:
+def nameless(query: AnnData) -> AnnData:
     "The query with its values and genes, and nothing else: cells are called c0, c1, ..."
     import pandas as pd
     from anndata import AnnData
@@ -101,7 +101,7 @@ def method_names(names: Iterable[str]) -> list[str]:
 
 # %% ../../nbs/benchmark/08_own_data.ipynb #6ce1da36
 class Contest:
-    """Methods on one query. `slides`: raw reference sections; `cells`: the blind query; `truth` (n, 2), NaN where not known; `config`: of ours."""
+    """Methods on one query. `slides`: raw reference sections; `cells`: the nameless query; `truth` (n, 2), NaN where not known; `config`: of ours."""
 
     def __init__(self, slides: Sequence[AnnData], cells: AnnData, truth: np.ndarray, config: GearsConfig, dataset: str = "own", timeout: float = 3600.0):
         self.slides, self.cells, self.truth, self.config = list(slides), cells, truth, config

@@ -315,7 +315,7 @@ def write_result(adata: AnnData, parts: Mapping[str, tuple[np.ndarray, Reconstru
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #25e01837
 _GRAPH = ("cells", "islands", "reattached", "bridges")
-_FUSION = ("fusion",)
+_FUSION = ("fusion", "shares")
 _SOLVE = ("start_stress", "stress", "residuals", "converged", "reason", "iterations")
 
 
@@ -509,7 +509,7 @@ def _maps(gears: Gears, query: Query, H: np.ndarray, labels: np.ndarray) -> dict
             beside, shift = _beside(gears, query.table[rows].copy(), H[rows])
             result = lay_out(gears.fitted.models, H[rows], config.patches, config.solve, seed=config.seed, progress=config.structure.train.progress, beside=beside)
             if beside is not None:
-                result.diagnostics["fusion"] = {"shift": shift, "weights": dict(zip(SOURCES, map(float, beside.weights)))}
+                result.diagnostics["fusion"] = {"shift": shift, "weights": dict(zip(SOURCES, result.diagnostics["shares"]))}
             parts[name] = rows, result
         else:
             warnings.warn(f"cells: section {name} has {len(rows)} cells, a map needs {FEWEST}: no positions", GearsWarning, stacklevel=3)
@@ -546,7 +546,7 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 6  # 4 had no atlas and no rehearsal, 5 four sources fewer
+MODEL_FORMAT = 7  # 4 had no atlas and no rehearsal, 5 four sources fewer, 6 no skills
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:

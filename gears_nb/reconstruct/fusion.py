@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.seeding import np_rng
 from ..geometry.neighbours import knn_between, row_blocks, unit_rows
+from .agreement import Skills, corrections
 from .atlas import CHUNK, Atlas, Reader, averaged, partition, regions, regress
 from .candidates import CANDIDATES, Candidates, find_candidates, own_spread
 from .stitch import Stitched
@@ -19,7 +20,7 @@ from .stitch import Stitched
 # %% auto #0
 __all__ = ['BLUR', 'PRICED', 'SOURCES', 'CANDIDATE', 'POINT', 'DOUBTS', 'LEADING', 'LOST', 'SMOOTH', 'LOOKED_AT', 'NEAREST',
            'prices', 'balanced', 'confidence', 'expected_distances', 'LookUp', 'leading', 'look_up', 'reach',
-           'own_reach', 'in_one_unit', 'per_cell', 'doubts', 'Fusion']
+           'own_reach', 'in_one_unit', 'per_cell', 'doubts', 'contradiction', 'Fusion']
 
 # %% ../../nbs/reconstruct/13_fusion.ipynb #c82728e8
 def _other_half(fit: Callable[[np.ndarray, np.ndarray], Reader], features: np.ndarray, target: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -115,7 +116,7 @@ class LookUp:
 
 # %% ../../nbs/reconstruct/13_fusion.ipynb #68055a45
 def leading(rows: np.ndarray) -> np.ndarray:
-    "The `LEADING` principal components (n, 5) of `rows` (n, p) of ONE source."
+    "The `LEADING` principal components (n, 5) of `rows` (n, p) of ONE source; exact, so that the order of cells does not matter."
     centred = np.asarray(rows - rows.mean(0), np.float32)
     values, axes = np.linalg.eigh(centred.T @ centred)
     return centred @ axes[:, np.argsort(-values)[:LEADING]]
@@ -173,30 +174,40 @@ def doubts(looked: LookUp, scaled: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.c_[spread, per_cell(scaled[:, 1:].std(1), pairs, len(spread))]
 
 
+def contradiction(scaled: np.ndarray, weights: np.ndarray, pairs: np.ndarray, n: int) -> np.ndarray:
+    "How far the model is from the look-ups, weighted by `weights` (10,), about a cell (n,), in mean distances."
+    rest = weights[1:] if weights[1:].sum() > 0 else np.ones(len(SOURCES) - 1)
+    return per_cell(np.abs(scaled[:, 0] - scaled[:, 1:] @ (rest / rest.sum())), pairs, n)
+
+
 @dataclass(frozen=True)
 class Fusion:
-    "Evidence about n cells: the look-up, weights (10,) of `SOURCES`, and coefficients (7,) from `DOUBTS` (and 1) to an expected error. `Rehearsal.fusion` makes it."
+    """Evidence about n cells: the look-up, rehearsed weights (10,) of `SOURCES`, and coefficients (7,) from `DOUBTS` (and 1) to an expected error. `Rehearsal.fusion` makes it.
+
+    `skills`: what the rehearsal knows of the sources; without it agreement is not asked. `usual`: the most `contradiction` that is no fault."""
 
     looked: LookUp
     weights: np.ndarray
     error: np.ndarray
+    skills: Skills | None = None
+    usual: float = np.inf
 
     def take(self, rows: np.ndarray) -> Fusion:
         "The same for some of the cells, in the order of `rows`."
         return replace(self, looked=self.looked.take(rows))
 
-    def fuse(self, stitched: Stitched) -> tuple[Stitched, np.ndarray]:
-        "`stitched` with the weighted sum of all sources as distances, and the expected error (n,) of the cells, in RMS radii."
+    def shares(self, scaled: np.ndarray) -> np.ndarray:
+        "Weights (10,), sum 1, for distances `scaled` (E, 10): the rehearsed ones, corrected by agreement; the model alone where the rehearsal knows of none."
+        weights = self.weights if self.weights.sum() > 0 else np.eye(len(SOURCES))[0]
+        weights = weights if self.skills is None else weights * corrections(scaled, self.skills)
+        return weights / weights.sum()
+
+    def fuse(self, stitched: Stitched) -> tuple[Stitched, np.ndarray, np.ndarray]:
+        "`stitched` with the weighted sum of all sources as distances, the expected error (n,) of the cells, in RMS radii, and the `shares` (10,)."
         both = np.c_[stitched.distance, self.looked.distances(stitched.pairs)]
         scaled, unit = in_one_unit(both), float(stitched.distance.mean())
-        weights = self.weights if self.weights.sum() > 0 else np.eye(len(SOURCES))[0]
-        share = weights / weights.sum()
-        table = doubts(self.looked, scaled, stitched.pairs)
-        error = table @ self.error[:-1] + self.error[-1] + share[0] * unit * self._faults(scaled, stitched.pairs, len(table))
-        return replace(stitched, distance=scaled @ share * unit), error
-
-    def _faults(self, scaled: np.ndarray, pairs: np.ndarray, n: int) -> np.ndarray:
-        "How much more than usual (the median cell) the model contradicts the look-ups about a cell (n,), in mean distances."
-        rest = self.weights[1:] if self.weights[1:].sum() > 0 else np.ones(len(SOURCES) - 1)
-        against = per_cell(np.abs(scaled[:, 0] - scaled[:, 1:] @ (rest / rest.sum())), pairs, n)
-        return np.maximum(against - np.median(against), 0)
+        share, table = self.shares(scaled), doubts(self.looked, scaled, stitched.pairs)
+        against = contradiction(scaled, self.weights, stitched.pairs, len(table))
+        faults = np.maximum(against - min(float(np.median(against)), self.usual), 0)
+        error = table @ self.error[:-1] + self.error[-1] + share[0] * unit * faults
+        return replace(stitched, distance=scaled @ share * unit), error, share

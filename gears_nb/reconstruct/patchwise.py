@@ -216,7 +216,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
     with working("stitching the patches", progress, expected=SECONDS["stitch"] * len(H)):
         stitched, rows = _stitched(geometry, cover, graph, H, seed, subtract)
         clock("stitch")
-        stitched, error = (stitched, None) if beside is None else beside.take(order).fuse(stitched)
+        stitched, error, shares = (stitched, None, None) if beside is None else beside.take(order).fuse(stitched)
         clock("fusion")
     with working("solving one map", progress, expected=SECONDS["solve"] * len(H)):
         short = stitched.distance.astype(np.float32)  # a start needs no more digits, and half the memory
@@ -225,7 +225,7 @@ def reconstruct(model: GeometryModel | Sequence[GeometryModel], H: np.ndarray, p
         solution = solve_distances(stitched.pairs, stitched.distance, start, mode="robust", weight=_pair_weights(stitched.spread),
                                    iterations=solve.iterations, huber_delta=solve.huber_delta, anchor_weight=solve.anchor_weight)
         clock("solve")
-    about = {**_describe(graph, cover, stitched, solution, rows), "memory_estimate": need, "seconds": clock.seconds}
+    about = {**_describe(graph, cover, stitched, solution, rows), "memory_estimate": need, "seconds": clock.seconds, "shares": None if shares is None else shares.tolist()}
     return _finish(stitched, solution, order, about, solve.even, error)
 
 # %% ../../nbs/reconstruct/05_patchwise.ipynb #8316dd7e

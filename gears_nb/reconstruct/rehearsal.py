@@ -15,8 +15,9 @@ import torch
 
 from ..core.seeding import np_rng, torch_rng
 from ..geometry.gauge import gauge_fix, rms
+from .agreement import Skills, skills_of
 from .atlas import Atlas
-from .fusion import DOUBTS, SOURCES, Fusion, LookUp, doubts, in_one_unit, look_up, own_reach, per_cell, reach
+from .fusion import DOUBTS, SOURCES, Fusion, LookUp, contradiction, doubts, in_one_unit, look_up, own_reach, per_cell, reach
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from gears_nb.models.contract import GeometryModel
 
 # %% auto #0
-__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'Rows', 'Refit', 'ENOUGH', 'STRANGER', 'SEEN',
-           'IN_H', 'spoiled', 'model_distances', 'pairs_of', 'Fold', 'folds_of', 'Heard', 'one_level', 'fit_weights',
-           'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
+__all__ = ['LEVELS', 'LEAST', 'PIECE', 'SPOTS', 'NEAR', 'SIMILAR', 'ANYWHERE', 'Rows', 'Refit', 'ENOUGH', 'CONTRADICTED',
+           'STRANGER', 'SEEN', 'IN_H', 'spoiled', 'model_distances', 'pairs_of', 'Fold', 'folds_of', 'Heard',
+           'one_level', 'fit_weights', 'fit_error', 'Rehearsal', 'rehearsal_from', 'rehearse']
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6e467982
 LEVELS = ((0.0, 1.0), (0.3, 0.6), (0.6, 0.35), (1.0, 0.2), (1.5, 0.1))
@@ -142,6 +143,7 @@ def one_level(folds: Sequence[Fold], embed: Rows, slides: Sequence[AnnData], atl
     return float(np.mean(shifts)), heard
 
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #4c6991d8
+CONTRADICTED = 1.4  # times the contradiction of the rehearsal are usual on a query: the most on any of nine development tissues
 STRANGER = 1.25  # a query's error over that of a spoiled reference section with the same doubts; from the development tissues
 SEEN = ("model", "learned", "shared", "plain", "smooth", "regression")  # sources that may be trusted by an embedding that has seen the asked sections
 IN_H = [SOURCES.index(name) for name in ("learned", "shared", "balanced", "regions", "embedding")]
@@ -183,23 +185,36 @@ def fit_error(levels: Sequence[Sequence[Heard]]) -> np.ndarray:
 # %% ../../nbs/reconstruct/14_rehearsal.ipynb #6cc54264
 @dataclass(frozen=True)
 class Rehearsal:
-    "What the reference tells about trust: per level the `shift` and `weights` of `SOURCES` (10,), and `error` (7,) from `DOUBTS` and 1 to an expected error."
+    """What the reference tells about trust: `error` (7,) from `DOUBTS` and 1 to an expected error, and five things per level.
+
+    `shift`; of `SOURCES` the `weights` (10,), the `skill` (10,) and how their errors are `alike` (10, 10), see `agreement.Skills`; the median `contradiction` of the model."""
 
     shift: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     error: tuple[float, ...]
+    skill: tuple[tuple[float, ...], ...]
+    alike: tuple[tuple[tuple[float, ...], ...], ...]
+    contradiction: tuple[float, ...]
 
-    def weights_at(self, shift: float) -> np.ndarray:
-        "Weights (10,) for a query at `shift`, interpolated on the logarithm; those of level `LEAST` for a nearer one, of the last for a farther one."
+    def _at(self, shift: float, by_level: Any) -> np.ndarray:
+        "What `by_level` (L, ...) is at `shift`, interpolated on the logarithm; that of level `LEAST` for a nearer query, of the last for a farther one."
         levels, known = np.arange(len(self.shift)), np.maximum.accumulate(np.maximum(self.shift, 1e-6))
         known = known * (1 + 1e-9 * levels)  # levels that do not differ in shift keep their order
-        level = max(LEAST, np.interp(np.log(max(shift, 1e-6)), np.log(known), levels))
-        return np.array([np.interp(level, levels, column) for column in np.transpose(self.weights)])
+        level = max(LEAST, float(np.interp(np.log(max(shift, 1e-6)), np.log(known), levels)))
+        below, values = int(level), np.asarray(by_level, np.float64)
+        above = min(below + 1, len(levels) - 1)
+        return values[below] + (level - below) * (values[above] - values[below])
+
+    def weights_at(self, shift: float) -> np.ndarray:
+        "Weights (10,) for a query at `shift`."
+        return self._at(shift, self.weights)
 
     def fusion(self, H: np.ndarray, F: np.ndarray, atlas: Atlas) -> tuple[Fusion, float]:
         "The evidence about cells with embeddings `H` (n, d) and plain components `F` (n, q), ONE source, and their shift."
         shift = reach(H, atlas.H) / max(own_reach(atlas.H), 1e-12)
-        return Fusion(look_up(H, F, atlas), self.weights_at(shift), np.array(self.error)), shift
+        skills = Skills(self._at(shift, self.skill), self._at(shift, self.alike))
+        usual = CONTRADICTED * float(self._at(shift, self.contradiction))
+        return Fusion(look_up(H, F, atlas), self.weights_at(shift), np.array(self.error), skills, usual), shift
 
     def to_dict(self) -> dict[str, Any]:
         "JSON-ready; `rehearsal_from` is the way back."
@@ -208,10 +223,18 @@ class Rehearsal:
 
 def rehearsal_from(record: dict[str, Any]) -> Rehearsal:
     "The rehearsal of `Rehearsal.to_dict`. Raises `KeyError` or `ValueError` if a part is missing or of another size."
-    out = Rehearsal(tuple(record["shift"]), tuple(map(tuple, record["weights"])), tuple(record["error"]))
-    if {len(w) for w in out.weights} != {len(SOURCES)} or len(out.weights) != len(out.shift) or len(out.error) != len(DOUBTS) + 1:
-        raise ValueError("rehearsal: weights or errors of another size")
+    alike = tuple(tuple(map(tuple, table)) for table in record["alike"])
+    out = Rehearsal(tuple(record["shift"]), tuple(map(tuple, record["weights"])), tuple(record["error"]), tuple(map(tuple, record["skill"])), alike, tuple(record["contradiction"]))
+    n, K = len(out.shift), len(SOURCES)
+    shapes = [np.shape(part) for part in (out.weights, out.skill, out.alike, out.contradiction, out.error)]
+    if shapes != [(n, K), (n, K), (n, K, K), (n,), (len(DOUBTS) + 1,)]:
+        raise ValueError("rehearsal: weights, skills or errors of another size")
     return out
+
+
+def _median_contradiction(heard: Sequence[Heard], weights: np.ndarray) -> float:
+    "Of all cells of all pieces."
+    return float(np.median(np.concatenate([contradiction(h.scaled, weights, h.pairs, len(h.doubt)) for h in heard])))
 
 
 def rehearse(embed: Rows, components: Rows, slides: Sequence[AnnData], atlas: Atlas, models: Sequence[GeometryModel], *, refit: Refit | None = None,
@@ -220,5 +243,9 @@ def rehearse(embed: Rows, components: Rows, slides: Sequence[AnnData], atlas: At
     folds = folds_of(embed, components, slides, atlas, refit)
     runs = [one_level(folds, embed, slides, atlas, models, level, np_rng(seed, "rehearsal", i), counts) for i, level in enumerate(LEVELS)]
     refitted = all(fold.skip is None for fold in folds)
-    weights = [tuple(map(float, fit_weights(heard, refitted))) for _, heard in runs]
-    return Rehearsal(tuple(shift for shift, _ in runs), tuple(weights), tuple(map(float, fit_error([heard for _, heard in runs]))))
+    weights = [fit_weights(heard, refitted) for _, heard in runs]
+    skills = [skills_of([h.scaled for h in heard], [h.true for h in heard]) for _, heard in runs]
+    record = {"shift": [shift for shift, _ in runs], "weights": weights, "error": fit_error([heard for _, heard in runs]),
+              "skill": [s.skill for s in skills], "alike": [s.alike for s in skills],
+              "contradiction": [_median_contradiction(heard, w) for (_, heard), w in zip(runs, weights)]}
+    return rehearsal_from({name: np.asarray(part, np.float64).tolist() for name, part in record.items()})

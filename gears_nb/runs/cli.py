@@ -305,7 +305,7 @@ def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Read, hide, run: the rows of `gears benchmark`."""
     from pathlib import Path
 
-    from gears_nb.benchmark.own import DEFAULT, Contest, blind, method_names, run_contest, true_places
+    from gears_nb.benchmark.own import DEFAULT, Contest, method_names, nameless, run_contest, true_places
     from gears_nb.reconstruct.facade import keep_training
     from gears_nb.runs.files import check_apart, check_cache, check_exists, check_output, make_config, named_after, read_inputs
     methods = method_names(DEFAULT if args.methods is None else args.methods.split(","))
@@ -319,7 +319,7 @@ def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
     with named_after({"cells": args.cells, "query": args.cells}), keep_training():
         read = read_inputs(args.slides, args.cells, config, **_tables(args))
         truth = true_places(read.cells, str(args.cells), plane=args.plane, slide_key=read.slide_key)
-        contest = Contest(read.slides, blind(read.cells), truth, config, Path(args.cells).stem, args.timeout)
+        contest = Contest(read.slides, nameless(read.cells), truth, config, Path(args.cells).stem, args.timeout)
         return run_contest(contest, methods, not args.quiet)
 
 
