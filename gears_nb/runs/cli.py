@@ -114,6 +114,7 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", metavar="OUT.html", help="also write a self-contained report")
     add("--model", "--model-dir", dest="model_dir", metavar="DIR", help="keep the trained model here; if it holds one already, use it instead of training")
     add("--genes", nargs="*", default=[], metavar="GENE", help="genes to colour by in the report, besides those it picks")
+    add("--samples", type=int, default=1, metavar="N", help="draw N layouts; how far they differ is in obs['gears_spread'] (for generative models; N times as long)")
     _table_arguments(add), _learning_arguments(add)
 
 
@@ -254,7 +255,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import reconstruct_files
     placed = reconstruct_files(args.slides, args.cells, args.out, report=args.report, profile=args.profile, seed=args.seed,
                                min_genes=args.min_genes, model_dir=args.model_dir, genes=args.genes, overrides=_overrides(args),
-                               progress=not args.quiet, **_tables(args))
+                               progress=not args.quiet, samples=args.samples, **_tables(args))
     print(f"{placed.placed} of {placed.cells} cells placed: {args.out}" + (f", report: {args.report}" if args.report else ""))
     for reason, count in placed.reasons.items():
         print(f"{count} without a place: {reason}")

@@ -258,20 +258,31 @@ def read_inputs(slides: Sequence[str | Path], cells: str | Path, config: GearsCo
     return Inputs(tables, query, key)
 
 # %% ../../nbs/runs/08_files.ipynb #d5e03ca0
+def _placed(model: Gears, read: Inputs, samples: int) -> AnnData:
+    "The cells with their places, of one draw or of several."
+    if samples == 1:
+        return model.reconstruct(read.cells, slide_key=read.slide_key)
+    from gears_nb.reconstruct.samples import reconstruct_samples
+
+    return reconstruct_samples(model, read.cells, samples, slide_key=read.slide_key)
+
+
 def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str | Path, *, report: str | Path | None = None,
                       profile: str | None = None, seed: int | None = None, min_genes: int | None = None, model_dir: str | Path | None = None,
                       genes: Sequence[str] = (), overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True,
-                      slide_key: str | None = None, plane: str | None = None, layer: str | None = None) -> Placed:
+                      slide_key: str | None = None, plane: str | None = None, layer: str | None = None, samples: int = 1) -> Placed:
     """Learn from `slides` (or, without any, load `model_dir`), place `cells`, write `out` (.h5ad) and optionally `report` (.html) and the model.
 
     Sources are whatever `data.io.read` understands. The output holds every input cell under its barcode; `obs['gears_note']` says why some have no position. `slide_key`, `plane`: as in
-    `Gears.fit`; `layer`: where the counts are, if not in X. Defaults: profile toy, seed 0, or those of the saved model. Raises `InputError` before anything is written, `OutputError` if writing fails.
+    `Gears.fit`; `layer`: where the counts are, if not in X. `samples`: draws of the layout; several add `obs['gears_spread']`. Defaults: profile toy, seed 0, or those of the saved model. Raises `InputError` before anything is written, `OutputError` if writing fails.
     """
     from gears_nb.core.progress import working
 
     inputs = [*slides, cells, *model_files(model_dir)]
     check_exists(slides, "--slides"), check_exists([cells], "--cells")
     check_cache()
+    if samples < 1:
+        raise InputError("gears reconstruct", "--samples", f"is {samples}", "give 1 for one map, 8 for a spread over eight draws")
     check_output(out, "--out", ".h5ad", inputs)
     if report is not None:
         check_output(report, "--report", ".html", inputs)
@@ -285,7 +296,7 @@ def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str 
         read = read_inputs(slides, cells, config, genes=genes, slide_key=slide_key, plane=plane, layer=layer)
         with keep_training():
             model = model or obtain_model(config, read.slides, read.cells, model_dir, plane=plane)  # sections are apart already
-            result = model.reconstruct(read.cells, slide_key=read.slide_key)
+            result = _placed(model, read, samples)
             result.uns["gears"] = _with_warnings(result.uns["gears"], said)
             with working("writing", progress):
                 page = None if report is None else _report_text(Path(cells).name, result, read.slides, model, genes, config.seed)
