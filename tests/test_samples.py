@@ -31,7 +31,7 @@ def tissue():
 
 @pytest.fixture(scope="module")
 def drawing(tissue):
-    return Gears(profile("smoke", **SMALL), model="layout-sde").fit(*tissue)
+    return Gears(profile("smoke", **SMALL), model="operator-vae").fit(*tissue)
 
 
 @settings(max_examples=20, deadline=None)
@@ -74,7 +74,7 @@ def test_the_command_writes_the_spread_and_refuses_none(tissue, tmp_path):
         slide.write_h5ad(tmp_path / f"s{i}.h5ad")
     cells.write_h5ad(tmp_path / "q.h5ad")
     ask = lambda n: subprocess.run([GEARS, "reconstruct", "--slides", "s0.h5ad", "s1.h5ad", "--cells", "q.h5ad", "--out", "r.h5ad", "--quiet",
-                                    "--profile", "smoke", "--model-kind", "layout-sde", "--samples", n, "--set", "structure.miniset=48", "structure.epochs=2", "structure.guess_epochs=2"],
+                                    "--profile", "smoke", "--model-kind", "operator-vae", "--samples", n, "--set", "structure.miniset=48", "structure.epochs=2", "structure.guess_epochs=2"],
                                    cwd=tmp_path, capture_output=True, text=True)
     refused = ask("0")
     assert refused.returncode == 2 and "--samples" in refused.stderr and refused.stderr.strip().count("\n") == 0 and not (tmp_path / "r.h5ad").exists()
