@@ -60,16 +60,16 @@ def test_an_item_passes_if_its_relation_holds(desk, which, value):
     item = desk["ITEMS"][which]
     line = desk["judged"](item, value)
     assert (line["outcome"] == "pass") == (math.isfinite(value) and RELATIONS[item.relation](value, item.bound))
-    assert line["outcome"] != "not applicable" and (line["value"] is None) == (not math.isfinite(value)) and bool(line["why"]) == (not math.isfinite(value))
+    assert line["outcome"] != "not applicable" and (line["value"] is None) == (not math.isfinite(value)) and bool(line["note"]) == (not math.isfinite(value))
     skipped = desk["judged"](item, desk["Skip"]("no walks"))
-    assert (skipped["outcome"], skipped["value"], skipped["why"]) == ("not applicable", None, "no walks")
+    assert (skipped["outcome"], skipped["value"], skipped["note"]) == ("not applicable", None, "no walks")
 
 
 def test_a_probe_that_stops_fails_all_of_its_items(desk):
     def stops():
         raise ValueError("two\nlines")
     made = desk["answered"]("use", stops)
-    assert [line["outcome"] for line in made["lines"]] == ["fail"] * 3 and {line["why"] for line in made["lines"]} == {"stopped: ValueError: two lines"}
+    assert [line["outcome"] for line in made["lines"]] == ["fail"] * 3 and {line["note"] for line in made["lines"]} == {"stopped: ValueError: two lines"}
     assert made["drawn"] == {}
 
 
@@ -122,3 +122,10 @@ def test_a_lesson_leaves_the_model_as_it_was(desk):
 def test_a_model_by_its_address(desk):
     lines = [line for group in ("targets", "gauge", "blindness", "data") for line in desk["group_row"](group)["lines"]]
     assert {line["outcome"] for line in lines} == {"pass"} and len(lines) == 8
+
+
+def test_the_items_that_fail_are_named(desk):
+    lines = [desk["judged"](item, -1.0) for item in desk["ITEMS"] if item.group == "targets"]
+    with pytest.raises(desk["Unsound"], match=r"^d7 fails 2 of 3 items: sigma > 0 \(-1, rule: smallest bandwidth > 0\); delta > 0 \(.*\)$"):
+        desk["verdict_of"]("d7", lines)
+    desk["verdict_of"]("d7", lines[:1])
