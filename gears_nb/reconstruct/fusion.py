@@ -179,7 +179,7 @@ def contradiction(scaled: np.ndarray, weights: np.ndarray, pairs: np.ndarray, n:
     rest = weights[1:] if weights[1:].sum() > 0 else np.ones(len(SOURCES) - 1)
     return per_cell(np.abs(scaled[:, 0] - scaled[:, 1:] @ (rest / rest.sum())), pairs, n)
 
-
+# %% ../../nbs/reconstruct/13_fusion.ipynb #3a1e19c2
 @dataclass(frozen=True)
 class Fusion:
     """Evidence about n cells: the look-up, rehearsed weights (10,) of `SOURCES`, and coefficients (7,) from `DOUBTS` (and 1) to an expected error. `Rehearsal.fusion` makes it.

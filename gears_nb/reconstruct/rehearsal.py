@@ -220,7 +220,7 @@ class Rehearsal:
         "JSON-ready; `rehearsal_from` is the way back."
         return asdict(self)
 
-
+# %% ../../nbs/reconstruct/14_rehearsal.ipynb #6cc54c22
 def rehearsal_from(record: dict[str, Any]) -> Rehearsal:
     "The rehearsal of `Rehearsal.to_dict`. Raises `KeyError` or `ValueError` if a part is missing or of another size."
     alike = tuple(tuple(map(tuple, table)) for table in record["alike"])
