@@ -31,8 +31,13 @@ AMONG = 200  # cells to which distances are compared
 def spread_of(maps: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
     "Spread (n,) of the distances of each cell over `maps` (n, 2) of the same cells, in the unit of the maps."
     some = np_rng(seed, "samples", "among").permutation(len(maps[0]))[:AMONG]
-    D = np.stack([np.linalg.norm(X[:, None] - X[some][None], axis=-1) for X in maps])
-    return np.sqrt(D.var(0, ddof=1).mean(1))
+    mean, squares = (np.zeros((len(maps[0]), len(some))) for _ in range(2))
+    for count, X in enumerate(maps, 1):  # sums over draws: memory does not grow with them
+        D = np.linalg.norm(X[:, None] - X[some][None], axis=-1)
+        step = D - mean
+        mean += step / count
+        squares += step * (D - mean)
+    return np.sqrt(squares.mean(1) / (len(maps) - 1))
 
 # %% ../../nbs/reconstruct/19_samples.ipynb #sp18c339
 def reconstruct_samples(gears: Gears, adata: AnnData, samples: int = 8, *, slide_key: str | None = None) -> AnnData:
