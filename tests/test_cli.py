@@ -303,6 +303,26 @@ def test_a_crash_is_one_line_and_code_1(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_reached_limit_of_iterations_is_not_told(monkeypatch, capsys):
+    """The limit is a budget of ours; a warning of any other kind is still shown."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+
+    def warn(args):
+        warnings.warn("lbfgs failed to converge", ConvergenceWarning)
+        warnings.warn("something else", RuntimeWarning)
+        return 0
+
+    monkeypatch.setitem(sys.modules["gears_nb.runs.cli"]._COMMANDS, "list", warn)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` replaces it; put back after the test
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["list"]) == 0
+    told = capsys.readouterr().err
+    assert "something else" in told and "lbfgs" not in told
+
+
 def test_interrupt(monkeypatch, capsys):
     from gears_nb.runs import cli
 

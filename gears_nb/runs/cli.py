@@ -431,10 +431,12 @@ _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate"
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
 def _teller() -> Callable[..., None]:
-    """What prints warnings: ours as one line, each once; all others in Python's own format."""
+    """What prints warnings: ours as one line, each once; all others in Python's own format. A limit of iterations that was reached is a budget, and not told."""
     told: set[str] = set()
 
     def say(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+        if category.__name__ == "ConvergenceWarning":  # scikit-learn's; by name, as its import takes a second
+            return
         if not issubclass(category, GearsWarning):
             sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
         elif str(message) not in told:
