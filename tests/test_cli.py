@@ -310,8 +310,8 @@ def test_a_reached_limit_of_iterations_is_not_told(monkeypatch, capsys):
     from sklearn.exceptions import ConvergenceWarning
 
     def warn(args):
-        warnings.warn("lbfgs failed to converge", ConvergenceWarning)
-        warnings.warn("something else", RuntimeWarning)
+        warnings.warn("lbfgs failed to converge", ConvergenceWarning, stacklevel=2)
+        warnings.warn("something else", RuntimeWarning, stacklevel=2)
         return 0
 
     monkeypatch.setitem(sys.modules["gears_nb.runs.cli"]._COMMANDS, "list", warn)
