@@ -278,16 +278,16 @@ def test_every_number_of_every_section_says_its_range():
 
 
 def test_overrides_leave_the_settings_they_start_from_alone():
-    base = settings.profile("smoke", **{"structure.model": {"name": "operator-vae", "settings": {"latent": 3}}})
+    base = settings.profile("smoke", **{"structure.model": {"name": "small-vae", "settings": {"latent": 3}}})
     changed = cfg.override(base, {"structure.model.settings.latent": 5})
     assert (base.structure.model.settings, changed.structure.model.settings) == ({"latent": 3}, {"latent": 5})
     assert cfg.override(base, {"structure.model": "d7"}).structure.model.settings == {}
 
 
 def test_the_command_line_names_a_model_and_its_settings():
-    parsed = cfg.parse_overrides(["structure.model=operator-vae", "structure.model.settings.latent=3"])
+    parsed = cfg.parse_overrides(["structure.model=small-vae", "structure.model.settings.latent=3"])
     model = settings.profile("smoke", **parsed).structure.model
-    assert (model.name, model.settings) == ("operator-vae", {"latent": 3})
+    assert (model.name, model.settings) == ("small-vae", {"latent": 3})
 
 
 def test_settings_of_a_training_are_those_of_a_run_without_the_layout():

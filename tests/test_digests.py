@@ -45,7 +45,7 @@ def test_comments_and_blank_lines_concern_nobody(package, change):
 def test_another_chapter_concerns_nobody_who_does_not_use_it(package):
     ladder = EXPERIMENTS["structure/ladder"]
     before = digests.modules_of(ladder)
-    for other in ("runs/cli", "attention/views", "generators/operator_vae"):
+    for other in ("runs/cli", "attention/views", "generators/small_vae"):
         edit(package / f"{other}.py")
     assert digests.modules_of(ladder) == before and "core/training" in before and "structure/rungs" in before
 

@@ -285,7 +285,7 @@ def test_a_model_of_an_older_format_is_one_line(gears, tmp_path, monkeypatch):
 
 def test_a_saved_model_keeps_the_settings_of_its_model(data, tmp_path):
     slides, query, _ = data
-    model = {"name": "operator-vae", "settings": {"latent": 3}}
+    model = {"name": "small-vae", "settings": {"latent": 3}}
     made = Gears(settings(**{"structure.guess_epochs": 1, "structure.epochs": 1}), model=model).fit(slides)
     again = Gears.load(made.save(tmp_path / "model"), {"progress": False})
     assert again.config == made.config and again.fitted.models[0].config.latent == 3

@@ -257,7 +257,7 @@ def test_code_of_a_strangers_model():
             return H + 2
     add_model("one-test", One), add_model("two-test", Two)
     assert model_code("one-test") == model_code("one-test") != model_code("two-test")
-    assert model_code("d7") != model_code("operator-vae")
+    assert model_code("d7") != model_code("small-vae")
 
 
 # ---------------------------------------------------------------- fresh processes

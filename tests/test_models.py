@@ -76,7 +76,7 @@ def test_what_a_rung_tells_is_a_record_and_the_oracle_is_refused(name):
 
 def test_a_generator_has_nothing_to_tell_and_latent_places():
     torch.manual_seed(0)
-    model = model_class("operator-vae").build(16, Run(SMOKE.structure, SMOKE.targets)).eval()
+    model = model_class("small-vae").build(16, Run(SMOKE.structure, SMOKE.targets)).eval()
     out = model(torch.randn(1, 30, 16), None, torch.Generator().manual_seed(0))
     assert model.explain(torch.randn(1, 30, 16)) is None and out.V.shape == (1, 30, 8)
     assert torch.allclose(out.operator.sum(-1), torch.ones(1, 30)) and out.operator.diagonal(dim1=1, dim2=2).abs().max() < 1e-30
@@ -84,11 +84,11 @@ def test_a_generator_has_nothing_to_tell_and_latent_places():
 
 def test_own_settings_are_checked():
     run = lambda name, **own: Run(settings(name, **{f"structure.model.settings.{k}": v for k, v in own.items()}).structure, SMOKE.targets)
-    assert model_class("operator-vae").build(16, run("operator-vae", latent=3)).config.latent == 3
+    assert model_class("small-vae").build(16, run("small-vae", latent=3)).config.latent == 3
     with pytest.raises(InputError, match="structure.model.settings.latnt"):
-        model_class("operator-vae").build(16, run("operator-vae", latnt=3))
+        model_class("small-vae").build(16, run("small-vae", latnt=3))
     with pytest.raises(InputError, match=r"structure.model.settings.latent: is 0, outside \[1, inf\]"):
-        model_class("operator-vae").build(16, run("operator-vae", latent=0))
+        model_class("small-vae").build(16, run("small-vae", latent=0))
     built = model_class("v2").build(16, run("v2", eta="learned")).rung
     assert (built.eta, built.shared) == ("learned", False)  # a change to the choices of v2, not to those of the default rung
     with pytest.raises(InputError, match="structure.model.settings.eta"):
@@ -97,17 +97,17 @@ def test_own_settings_are_checked():
 
 def test_gears_takes_a_model_by_name_and_says_at_once_what_is_wrong():
     assert Gears(SMOKE, model="egnn").config.structure.model.name == "egnn" and Gears(SMOKE).config == SMOKE
-    own = Gears(SMOKE, model={"name": "operator-vae", "settings": {"latent": 3}}).config.structure.model
-    assert (own.name, own.settings) == ("operator-vae", {"latent": 3})
+    own = Gears(SMOKE, model={"name": "small-vae", "settings": {"latent": 3}}).config.structure.model
+    assert (own.name, own.settings) == ("small-vae", {"latent": 3})
     for model, told in (("d8", "unknown model 'd8'"), ({"name": "d7", "settings": {"etta": "fixed"}}, "did you mean 'eta'"), (3, "structure.model: is 3")):
         with pytest.raises(InputError, match=told):
             Gears(SMOKE, model=model)
 
 
 def test_names_are_lazy_and_do_not_depend_on_imports():
-    code = ("import sys; from gears_nb.models.catalogue import addresses, model_class; assert not {'gears_nb.structure.rungs', 'gears_nb.generators.operator_vae'} & set(sys.modules); "
+    code = ("import sys; from gears_nb.models.catalogue import addresses, model_class; assert not {'gears_nb.structure.rungs', 'gears_nb.generators.small_vae'} & set(sys.modules); "
             "assert 'd7' in addresses(); print(model_class(sys.argv[1]).__name__)")
-    for name, kind in (("d7", "D7"), ("operator-vae", "OperatorVAE")):
+    for name, kind in (("d7", "D7"), ("small-vae", "SmallVAE")):
         assert subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout.strip() == kind
     code = ("import pkgutil, importlib, gears_nb; from gears_nb.models import catalogue; before = catalogue.addresses(); "
             "[importlib.import_module(m.name) for c in ('encoder', 'targets', 'models', 'structure', 'generators', 'reconstruct') "
@@ -122,7 +122,7 @@ def test_names_are_lazy_and_do_not_depend_on_imports():
 def test_the_command_line_lists_models(capsys):
     assert main(["list", "models"]) == 0
     told = capsys.readouterr().out
-    assert "d7" in told and "operator-vae" in told and "gears_nb.structure.rungs:D7" in told
+    assert "d7" in told and "small-vae" in told and "gears_nb.structure.rungs:D7" in told
 
 
 def test_an_entry_point_is_a_name(tmp_path, monkeypatch):

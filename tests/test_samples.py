@@ -31,7 +31,7 @@ def tissue():
 
 @pytest.fixture(scope="module")
 def drawing(tissue):
-    return Gears(profile("smoke", **SMALL), model="operator-vae").fit(*tissue)
+    return Gears(profile("smoke", **SMALL), model="small-vae").fit(*tissue)
 
 
 @settings(max_examples=20, deadline=None)

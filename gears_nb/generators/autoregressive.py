@@ -23,7 +23,7 @@ from .layout_sde import block_weights, consensus, dense_trace
 from ..models.batches import Run
 from ..models.contract import Geometry, GeometryModel, Stage, length
 from ..models.trace import AttentionTrace
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from .set_transformer import ISAB, MAB
 from ..targets.builder import GeoTargets, directed_edges
 from ..targets.energy import StressForm, energy, masked_mean

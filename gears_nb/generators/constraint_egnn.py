@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.config import Count, Section, Size, Weight
 from .edges import SetTrunk, candidate_edges, dense, geometry_terms, landmarks, row_mlp, rows_at, triangle_excess, with_landmarks
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
 from ..models.contract import Geometry, GeometryModel, Stage, length

@@ -24,7 +24,7 @@ from .layout_sde import consensus, dense_trace, induced_weights
 from ..models.batches import Batch, Run
 from ..models.contract import Geometry, GeometryModel, Stage, length
 from ..models.trace import AttentionTrace
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..targets.builder import GeoTargets, adaptive_steps, directed_edges, pack_edges, walk_powers
 from ..targets.energy import SOFT_LENGTH, StressForm, energy, masked_mean
 

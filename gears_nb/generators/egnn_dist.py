@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core.config import Section, Size, Weight
 from .constraint_egnn import Messages, edges_in, on_edges
 from .edges import geometry_terms, repulsion, row_mlp, rows_at, triangle_excess
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
 from ..models.contract import Geometry, GeometryModel, Stage, length

@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..core.seeding import rand
 from ..core.training import Loss
 from ..data.minisets import default_tau, paired_minisets
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from .set_transformer import ISAB
 from ..geometry.gauge import gauge_fix, procrustes, rms
 from ..geometry.neighbours import squared_distances

@@ -19,7 +19,7 @@ from ..core.config import Range, Section, Size, Weight
 from ..core.errors import InputError
 from .constraint_egnn import Messages, edges_in, softmax_over
 from .edges import SetTrunk, repulsion, rows_at
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Run
 from ..models.contract import Geometry, GeometryModel, Stage, length

@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..core.seeding import rand
 from .constraint_egnn import Messages, edges_in, softmax_over
 from .edges import PairedTargets, SetTrunk, geometry_terms, neighbour_lists, overlap_loss, paired_batches, repulsion, rows_at
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..models.batches import Batches, Run, target_batches
 from ..models.contract import Geometry, GeometryModel, Stage, length

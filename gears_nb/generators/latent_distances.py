@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core.config import Count, Section, Size, Weight
 from .edges import SetTrunk, candidate_edges, geometry_terms, landmarks, pair_features, row_mlp, rows_at, steady_signs, triangle_excess, with_landmarks
 from .operator_first import descended, plane_modes
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix, rms
 from ..geometry.mds import double_centred
 from ..geometry.neighbours import squared_distances

@@ -24,7 +24,7 @@ from .gears_v2 import centred
 from ..models.batches import Batch, Batches, Run, target_batches
 from ..models.contract import Geometry, GeometryModel, Stage, length
 from ..models.trace import AttentionTrace
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from .set_transformer import ISAB, MAB
 from ..targets.builder import GeoTargets
 from ..targets.energy import StressForm, energy

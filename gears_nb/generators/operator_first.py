@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.config import Count, Positive, Section, Size, Weight
 from .edges import (EdgeMLP, SetTrunk, candidate_edges, dense, landmarks, rows_at, steady_signs, walk_mismatch, walk_of, walk_trace,
                                        with_landmarks)
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..geometry.mds import landmark_mds
 from ..models.contract import Geometry, GeometryModel

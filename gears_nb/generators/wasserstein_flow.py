@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.config import Positive, Section, Size, Weight
 from .edges import SetTrunk, candidate_edges, geometry_terms, landmarks, pair_features, row_mlp, rows_at, walk_of, walk_trace, with_landmarks
-from .operator_vae import cell_noise
+from .small_vae import cell_noise
 from ..geometry.gauge import gauge_fix
 from ..geometry.neighbours import pair_mask, squared_distances
 from ..models.contract import Geometry, GeometryModel
