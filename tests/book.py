@@ -4,7 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+# imported late by whatever trains, for four seconds of CPU time; here once, and not in every fork
+import lightning_fabric  # noqa: F401
+import ot  # noqa: F401
 import pytest
+import sklearn.manifold  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
