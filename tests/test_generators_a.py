@@ -138,6 +138,17 @@ def test_diffusion_finds_the_slow_plane_and_descent_the_points():
     assert torch.allclose(descended(X, ends, (X[:, ends[0, :, 0]] - X[:, ends[0, :, 1]]).square().sum(-1).add(1e-4).sqrt(), torch.ones(1, 780, dtype=torch.bool)), X, atol=1e-9)
 
 
+@pytest.mark.parametrize("long, wide, ok", [(10, 10, True), (24, 4, False)])
+def test_the_spectral_decoder_recovers_a_grid_unless_the_second_wave_along_is_slower_than_the_first_across(long, wide, ok):
+    x = torch.cartesian_prod(torch.arange(float(long)), torch.arange(float(wide)))[None].double()
+    W = (-torch.cdist(x, x).square()).exp() * (1 - torch.eye(long * wide))
+    X, lam = spectral_places(W, torch.ones(1, long * wide, dtype=torch.bool))
+    truth, renamed = gauge_fix(x), torch.randperm(long * wide, generator=rng())
+    error = procrustes(gauge_fix(X), truth).error.item()
+    assert (error < 0.2) == ok and procrustes(gauge_fix(X[:, renamed]), truth).error.item() > 1
+    assert (abs(lam[0, 2] / lam[0, 1] - 1) < 1e-6) == ok and (ok or 3.8 < lam[0, 2] / lam[0, 1] < 4)  # equal on a square; on the strip the same wave, twice as short
+
+
 # ---- the solver of lengths
 
 @given(st.integers(0, 99), st.integers(3, 7))
@@ -190,6 +201,19 @@ def test_a_step_pays_for_its_way(seed, tau):
     assert torch.allclose(free.value(X @ turn + 3), free.value(X)) and torch.allclose(free.force(X @ turn + 3)[:, :n], (free.force(X) @ turn)[:, :n], atol=1e-9)
     Y = proximal(X, free.force, tau, 6, free.rate(tau))
     assert free.value(Y) + (Y - X).square().sum() / (2 * tau * n) <= free.value(X) + 1e-12
+
+
+@given(st.integers(0, 49), st.floats(0.05, 20))
+def test_a_path_of_steps_never_rises_where_an_explicit_one_may(seed, tau):
+    n, g = 12, rng(seed)
+    free = FreeEnergy(torch.combinations(torch.arange(n))[None], torch.ones(1, 66, dtype=torch.bool), torch.rand(1, 66, generator=g).double() + 0.1,
+                      0.3 + torch.rand(1, 66, generator=g).double(), torch.ones(1, n, dtype=torch.bool))
+    X = Z = torch.randn(1, n, 2, generator=g).double()
+    for _ in range(6):
+        Y = proximal(X, free.force, tau, 4, free.rate(tau))
+        assert free.value(Y) + (Y - X).square().sum() / (2 * tau * n) <= free.value(X) + 1e-12
+        X, Z = Y, proximal(Z, free.force, tau, 1)
+    assert tau < 2 or free.value(Z) > free.value(X)  # a stiff explicit step overshoots
 
 
 def test_names_and_no_names():

@@ -159,6 +159,21 @@ def test_checkpoints_begin_and_end_the_flow():
     assert (marks(steps=8, watched=4), marks(steps=8, watched=3), marks(steps=2, watched=9)) == ([0, 2, 4, 6, 8], [0, 3, 5, 8], [0, 1, 2])
 
 
+@pytest.mark.parametrize("name", ["constraint", "egnn", "signed", "flow"])
+def test_a_stack_of_steps_is_exact_for_turns_mirrors_and_shifts(name):
+    x, h, index, ok = cloud(3, 15)
+    torch.manual_seed(0)
+    layers = [steps()[name] for _ in range(5)]
+
+    def run(x):
+        for layer, call in layers:
+            x = call(layer.double(), x, h, index, ok)
+        return x
+    out = run(x)
+    for Q in (turn_of(1), turn_of(1) @ torch.diag(torch.tensor([1.0, -1])).double()):
+        assert torch.allclose(run(x @ Q + 7), out @ Q + 7, atol=1e-9 * max(1, out.abs().max().item()))
+
+
 # ---- operator
 
 @given(st.integers(0, 99), st.integers(3, 15))
@@ -167,6 +182,18 @@ def test_symmetric_weights_are_in_balance(seed, n):
     W = W + W.transpose(1, 2)
     share = stationary(T := W / W.sum(-1, keepdim=True), 300)
     assert torch.allclose(share, W.sum(-1) / W.sum(), atol=1e-6) and imbalance(T, share) < 1e-10
+
+
+@given(st.integers(0, 99), st.floats(0, 1))
+def test_collapse_is_balanced_and_seen_by_the_distance_of_rows_from_pi(seed, a):
+    W = torch.rand(1, 10, 10, generator=rng(seed)).double() + 0.1
+    T = (W + W.transpose(1, 2)) / (W + W.transpose(1, 2)).sum(-1, keepdim=True)
+    pi = stationary(T, 300)
+    mixed = (1 - a) * T + a * pi[:, None]
+    away = lambda T: float((T - stationary(T, 300)[:, None]).abs().sum())
+    assert away(mixed) == pytest.approx((1 - a) * away(T), abs=1e-6) and imbalance(mixed, stationary(mixed, 300)) < 1e-10  # the balance loss is blind to it
+    rows = row_entropy(pi[:, None].expand(-1, 10, -1))
+    assert torch.allclose(rows, rows[:, :1].expand_as(rows))
 
 
 def test_a_ring_goes_round():
