@@ -165,6 +165,17 @@ def test_bad_notebook_parameter(more, words, tmp_path, capsys):
     refused(capsys, tmp_path, lambda: main(["run", *more]), *words)
 
 
+@pytest.mark.parametrize("more, words", [((), "one of the slides"), (("--cells", "T", "--timeout", "0"), "--timeout"), (("--cells", "T", "--model-kind", "nonsense"), "unknown model")])
+def test_benchmark_refuses(more, words, files, capsys):
+    """A query that every method has seen, no time, a model that does not exist."""
+    tissue(2, prefix="c").write_h5ad(files / "t.h5ad")
+    given = ["benchmark", "--slides", str(files / "a.h5ad"), str(files / "b.h5ad"), "--cells", str(files / "a.h5ad"), "--methods", "knn5", "--out", str(files / "t.csv"), "--profile", "smoke",
+             *(str(files / "t.h5ad") if word == "T" else word for word in more)]
+    assert main(given) == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told and "\n" not in told and not (files / "t.csv").exists()
+
+
 def test_evaluate_matches_barcodes(files, capsys):
     truth, order = ad.read_h5ad(files / "a.h5ad"), np.random.default_rng(0).permutation(100)
     placed = truth[order].copy()

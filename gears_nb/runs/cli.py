@@ -312,11 +312,15 @@ def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
     methods = method_names(DEFAULT if args.methods is None else args.methods.split(","))
     inputs = [*args.slides, args.cells]
     check_exists(args.slides, "--slides"), check_exists([args.cells], "--cells")
+    if Path(args.cells).resolve() in {Path(slide).resolve() for slide in args.slides}:
+        raise InputError(args.cells, "--cells", "is one of the slides, so every method would have seen the answer", "give a section that is not among --slides")
+    if not args.timeout > 0:
+        raise InputError("gears benchmark", "--timeout", f"{args.timeout:g} is no time", "give seconds above 0")
     check_cache(), check_output(args.out, "--out", _table_suffix(args.out), inputs)
     if args.report is not None:
         check_output(args.report, "--report", ".html", inputs)
     check_apart(args.out, args.report)
-    config = make_config(args.profile or "toy", args.seed or 0, args.min_genes, args.overrides, not args.quiet)
+    config = make_config(args.profile or "toy", args.seed or 0, args.min_genes, _overrides(args), not args.quiet)
     with named_after({"cells": args.cells, "query": args.cells}), keep_training():
         read = read_inputs(args.slides, args.cells, config, **_tables(args))
         truth = true_places(read.cells, str(args.cells), plane=args.plane, slide_key=read.slide_key)
