@@ -307,6 +307,7 @@ def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
     from pathlib import Path
 
     from gears_nb.benchmark.own import DEFAULT, Contest, method_names, nameless, run_contest, true_places
+    from gears_nb.models.catalogue import model_class
     from gears_nb.reconstruct.facade import keep_training
     from gears_nb.runs.files import check_apart, check_cache, check_exists, check_output, make_config, named_after, read_inputs
     methods = method_names(DEFAULT if args.methods is None else args.methods.split(","))
@@ -321,6 +322,7 @@ def _contest(args: argparse.Namespace) -> list[dict[str, Any]]:
         check_output(args.report, "--report", ".html", inputs)
     check_apart(args.out, args.report)
     config = make_config(args.profile or "toy", args.seed or 0, args.min_genes, _overrides(args), not args.quiet)
+    model_class(config.structure.model.name)  # refuses an unknown name before anything is read
     with named_after({"cells": args.cells, "query": args.cells}), keep_training():
         read = read_inputs(args.slides, args.cells, config, **_tables(args))
         truth = true_places(read.cells, str(args.cells), plane=args.plane, slide_key=read.slide_key)
