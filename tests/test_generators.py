@@ -24,6 +24,7 @@ from gears_nb.models.conformance import conform, toy_slides
 from gears_nb.models.fit import fit_member
 from gears_nb.reconstruct.facade import Gears
 from gears_nb.reconstruct.settings import profile
+from gears_nb.runs.cli import main
 
 TINY = {"width": 16, "inducing": 4, "heads": 2, "context_depth": 1, "base_depth": 1, "denoiser_depth": 1, "dims": 6, "steps": 4}
 
@@ -297,3 +298,11 @@ def test_the_command_line_takes_a_kind_of_model(tmp_path):
     assert right.returncode == 0 and "cells placed: r.h5ad" in right.stdout, right.stderr
     made = Gears.load(tmp_path / "m").config.structure.model
     assert (made.name, made.settings["dims"]) == ("gears-v2", 6)
+
+
+def test_two_names_of_a_model_are_one_line(capsys):
+    words = ["fit", "--slides", "a.h5ad", "--model", "m", "--model-kind", "d7", "--set"]
+    assert main([*words, "structure.model=opnet"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told and "--model-kind" in told and "opnet" in told
+    assert main([*words, "structure.model=d7"]) == 2 and "a.h5ad" in capsys.readouterr().err  # the same name twice: on to the files

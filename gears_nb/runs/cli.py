@@ -240,7 +240,12 @@ def _tables(args: argparse.Namespace) -> dict[str, Any]:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     """What --set changes, and the model of --model-kind; underscores in its name count as hyphens."""
-    return args.overrides + ([] if args.model_kind is None else [f"structure.model={args.model_kind.replace('_', '-')}"])
+    if args.model_kind is None:
+        return args.overrides
+    name = args.model_kind.replace("_", "-")
+    if other := [text for text in args.overrides if text.partition("=")[0] in ("structure.model", "structure.model.name") and text.partition("=")[2] != name]:
+        raise InputError("gears", "--model-kind", f"{args.model_kind} and --set {other[0]} name two models", "give one of them")
+    return args.overrides + [f"structure.model={name}"]
 
 
 def _fit(args: argparse.Namespace) -> int:
