@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from forks import ended, forked, start
 from scipy.spatial import cKDTree
 
 from gears_nb.core.errors import GearsWarning, InputError
@@ -265,7 +265,7 @@ def train_and_die(module, loss, at):
     Gears(NETWORK).fit(slides, cells)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="what dies is a fork, which has imported everything already")
+@forked
 @pytest.mark.parametrize(
     ("module", "loss", "at", "untouched"),
     [
@@ -278,12 +278,7 @@ def test_kill_minus_nine_then_the_same_call_gives_the_same_coordinates(
 ):
     "The gears command is killed in tests/test_cli.py, which has a new process for it."
     monkeypatch.setenv("GEARS_CACHE", str(tmp_path))
-    child = multiprocessing.get_context("fork").Process(target=train_and_die, args=(module, loss, at))
-    child.start()
-    child.join(120)
-    died = child.exitcode
-    child.kill()
-    assert died == -signal.SIGKILL
+    assert ended(start(train_and_die, module, loss, at)) == -signal.SIGKILL
     left = [p.name for p in (tmp_path / "fits").rglob("*.json")]
     assert "encoder.json" in left
     if untouched:  # a finished phase is loaded, not trained again

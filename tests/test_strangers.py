@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from forks import ended, forked, start
 from test_cli import GEARS, refused, tissue
 
 import gears_nb.reconstruct.facade as facade
@@ -467,22 +467,11 @@ def _as_a_fork(argv, folder, cache, said):
 def at_once(commands, folder, cache):
     "gears commands, each in a process of its own, a fork, which imports nothing again: exit codes and what they said."
     said = [folder / f"said{i}.txt" for i in range(len(commands))]
-    fork = multiprocessing.get_context("fork").Process
-    runs = [fork(target=_as_a_fork, args=(argv, folder, cache, path)) for argv, path in zip(commands, said)]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join(120)
-    codes = [run.exitcode for run in runs]
-    for run in runs:
-        run.kill()
-    return codes, [path.read_text() for path in said]
+    runs = [start(_as_a_fork, argv, folder, cache, path) for argv, path in zip(commands, said)]
+    return [ended(run) for run in runs], [path.read_text() for path in said]
 
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="two commands at once are forks")
-
-
-@forks
+@forked
 def test_two_runs_with_one_reference_share_the_training(here, placed, tmp_path_factory):
     cache = tmp_path_factory.mktemp("shared")
     command = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--model", "both", *SET, "--out"]
@@ -698,7 +687,7 @@ def test_a_placed_table_is_placed_again_and_old_columns_go(here, home, placed):
     assert any("no longer called" in line for line in json.loads(result.uns["gears"]["warnings"]))
 
 
-@forks
+@forked
 def test_two_fits_into_one_folder_do_not_both_win(here, tmp_path_factory):
     fits = [["fit", "--slides", f"{n}.h5ad", "--model", "mm", *SET] for n in "ab"]
     codes, said = at_once(fits, here, tmp_path_factory.mktemp("race"))
