@@ -381,7 +381,7 @@ def test_run_executes_a_notebook_elsewhere(tmp_path):
     from gears_nb.core.machine import repo_root
     from gears_nb.lab.runner import run
     before = sorted(p for p in (repo_root() / "nbs").rglob("*") if ".ipynb_checkpoints" not in p.parts)
-    copy = run("runs/demo", "smoke", {"seed": 1}, out=tmp_path)
+    copy = run("encoder/h1_qc", "smoke", {"seed": 1}, out=tmp_path)
     text = copy.read_text(encoding="utf-8")
     assert copy.parent == tmp_path and [p.name for p in tmp_path.iterdir()] == [copy.name]
     assert "injected-parameters" in text and "seed = 1" in text
