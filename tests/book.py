@@ -4,12 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-# imported late by whatever trains, for four seconds of CPU time; here once, and not in every fork
+# imported late by whatever trains, shows a figure or runs a page: here once, and not in every fork
+import anndata  # noqa: F401
 import lightning_fabric  # noqa: F401
+import matplotlib.pyplot
 import ot  # noqa: F401
 import pytest
 import sklearn.manifold  # noqa: F401
 import torch._dynamo  # noqa: F401
+from nbdev.test import test_nb as run_page
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
@@ -20,12 +23,10 @@ forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="notebooks are run i
 
 def run_alone(path):
     """Run a notebook in this process, which ends with it: exit status 0 if it passed."""
-    import matplotlib
-    from nbdev.test import test_nb
     matplotlib.rcdefaults()
     os.cpu_count = lambda: 1  # experiments open a process pool for every core, and a pool inside a fork of pytest waits for ever
     os.chdir(path.parent)
-    passed, _ = test_nb(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
+    passed, _ = run_page(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(not passed)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import ended, forked, start
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
@@ -484,11 +485,10 @@ def line() -> nn.Linear:
     return nn.Linear(1, 1)
 
 
+@forked
 @pytest.mark.parametrize("kill_at", [0, 3])
 def test_kill_minus_nine_then_the_same_command_gives_the_same_numbers(tmp_path, kill_at):
-    script = f"import torch; torch.set_num_threads(1); from test_core import job; job({str(tmp_path)!r}, kill_at={kill_at})"
-    died = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert ended(start(job, tmp_path, kill_at)) == -signal.SIGKILL
     assert (tmp_path / "job.log.jsonl").read_text().count("\n") == kill_at
     history, digest = job(tmp_path, elsewhere=99)
     assert history.resumed_from == kill_at

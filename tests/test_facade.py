@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from forks import ended, forked, start
 from scipy.spatial import cKDTree
 
 from gears_nb.core.errors import GearsWarning, InputError
@@ -75,6 +75,40 @@ def placed(gears, data):
     return gears.reconstruct(data[1])
 
 
+@pytest.fixture(scope="module")
+def networked_place(networked, data):
+    return coordinates(networked.reconstruct(data[1]))
+
+
+@pytest.fixture(scope="module")
+def again(data, tmp_path_factory):
+    "What `gears` is, trained once more, in a folder that is kept; and the folder."
+    slides, _, cells = data
+    folder = tmp_path_factory.mktemp("again")
+    return Gears(settings()).fit(slides, cells, workdir=folder), folder
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    "Fitted without cells, in a folder that is kept; and the folder."
+    folder = tmp_path_factory.mktemp("alone")
+    return Gears(settings()).fit(data[0], workdir=folder), folder
+
+
+def train_only(monkeypatch, gears):
+    """What a fit measures after training is taken from `gears`: half of its time, where training alone is asked about.
+
+    Whatever differs between such fits then differs in what was trained.
+    """
+    monkeypatch.setattr(facade, "measure_evidence", lambda *_, **__: gears.fitted.evidence)
+    monkeypatch.setattr(facade, "rehearse_all", lambda *_, **__: gears.fitted.rehearsal)
+
+
+@pytest.fixture
+def training_only(monkeypatch, gears):
+    train_only(monkeypatch, gears)
+
+
 @pytest.fixture
 def quick_adapter(monkeypatch):
     "Fine-tune for fewer steps."
@@ -122,12 +156,13 @@ def test_distances_are_in_the_units_of_the_map(placed):
     assert 0.7 < ratio < 1.4
 
 
-def test_nothing_that_was_given_is_changed(data):
-    slides, query, cells = parts()
-    before = [content_digest(a, a.obs.to_csv(), sorted(a.obsm), sorted(a.uns)) for a in (*slides, query, cells)]
-    model = Gears(settings()).fit(slides, cells)
-    model.embed(query), model.reconstruct(cells)
-    assert [content_digest(a, a.obs.to_csv(), sorted(a.obsm), sorted(a.uns)) for a in (*slides, query, cells)] == before
+def test_nothing_that_was_given_is_changed(gears, data):
+    "The tables that `gears` was fitted on, and those that it placed, are what a new simulation gives."
+    slides, query, cells = data
+    gears.embed(query), gears.reconstruct(cells)
+    as_given, others, cells_as_given = parts()
+    digests = lambda tables: [content_digest(a, a.obs.to_csv(), sorted(a.obsm), sorted(a.uns)) for a in tables]
+    assert digests((*slides, query, cells)) == digests((*as_given, others, cells_as_given))
 
 
 def test_embed_gives_the_embeddings_of_reconstruct(gears, placed, data):
@@ -164,9 +199,10 @@ def test_cells_are_placed_too(gears, data):
     assert np.isfinite(coordinates(out)).all() and list(out.obs_names) == list(data[2].obs_names)
 
 
-def test_the_adapter_moves_queries_only(data, quick_adapter):
+def test_the_adapter_moves_queries_only(gears, data, quick_adapter, training_only):
     slides, _, cells = data
-    plain, adapted = (Gears(settings(**{"encoder.adapter": on})).fit(slides, cells) for on in (False, True))
+    plain, adapted = gears, Gears(settings(**{"encoder.adapter": True})).fit(slides, cells)
+    assert not plain.config.encoder.adapter
     assert content_digest(plain.fitted.embedding.state()[0], plain.fitted.cloud) == content_digest(adapted.fitted.embedding.state()[0], adapted.fitted.cloud)
     cloud, a, b = plain.fitted.cloud, plain.embed(cells).obsm["H_gears"], adapted.embed(cells).obsm["H_gears"]
     gap = lambda H: np.linalg.norm(H.mean(0) - cloud.mean(0)) + np.linalg.norm(np.cov(H.T) - np.cov(cloud.T))
@@ -184,13 +220,13 @@ def test_the_adapter_follows_the_order_of_cells(networked, data, quick_adapter):
 # repeatability --------------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_coordinates_other_seed_other_coordinates(placed, data):
+def test_same_seed_same_coordinates_other_seed_other_coordinates(placed, again, data, training_only):
     slides, query, cells = data
-    again = Gears(settings()).fit(slides, cells).reconstruct(query)
+    same = again[0].reconstruct(query)
     other = Gears(settings(seed=1)).fit(slides, cells).reconstruct(query)
-    digests = [content_digest(coordinates(a)) for a in (placed, again, other)]
+    digests = [content_digest(coordinates(a)) for a in (placed, same, other)]
     assert digests[0] == digests[1] != digests[2]
-    assert content_digest(placed.obsp["gears_distances"]) == content_digest(again.obsp["gears_distances"])
+    assert content_digest(placed.obsp["gears_distances"]) == content_digest(same.obsp["gears_distances"])
 
 
 def test_reconstruction_has_no_memory(gears, placed, data):
@@ -213,26 +249,23 @@ def test_sparse_and_dense_and_shuffled_genes_make_no_difference(gears, placed, d
     np.testing.assert_allclose(coordinates(gears.reconstruct(data[1][:, genes].copy())), coordinates(placed), atol=1e-3)
 
 
-CHILD = """
-import os, signal, sys, warnings
-sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-import test_facade as t
-import {module} as module
-from gears_nb.reconstruct.facade import Gears
-right, calls = module.{loss}, []
-def dies(*arguments):
-    calls.append(1)
-    if len(calls) == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return right(*arguments)
-module.{loss} = dies
-slides, query, cells = t.parts()
-Gears(t.settings(**{{"encoder.kind": "network"}})).fit(slides, cells)
-"""
+def train_and_die(module, loss, at):
+    "Fit, and be killed at call number `at` of a loss."
+    where, calls = importlib.import_module(module), []
+    right = getattr(where, loss)
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(*arguments)
+
+    setattr(where, loss, dies)
+    slides, _, cells = parts()
+    Gears(NETWORK).fit(slides, cells)
 
 
+@forked
 @pytest.mark.parametrize(
     ("module", "loss", "at", "untouched"),
     [
@@ -240,38 +273,40 @@ Gears(t.settings(**{{"encoder.kind": "network"}})).fit(slides, cells)
         ("gears_nb.structure.rungs", "guess_loss", 6, "gears_nb.encoder.presets.encoder_loss"),
     ],
 )
-def test_kill_minus_nine_then_the_same_call_gives_the_same_coordinates(tmp_path, monkeypatch, networked, data, module, loss, at, untouched):
+def test_kill_minus_nine_then_the_same_call_gives_the_same_coordinates(
+    tmp_path, monkeypatch, networked_place, data, module, loss, at, untouched
+):
+    "The gears command is killed in tests/test_cli.py, which has a new process for it."
     monkeypatch.setenv("GEARS_CACHE", str(tmp_path))
-    script = CHILD.format(tests=str(Path(__file__).parent), module=module, loss=loss, at=at)
-    died = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert ended(start(train_and_die, module, loss, at)) == -signal.SIGKILL
     left = [p.name for p in (tmp_path / "fits").rglob("*.json")]
     assert "encoder.json" in left
     if untouched:  # a finished phase is loaded, not trained again
         monkeypatch.setattr(untouched, lambda *a: pytest.fail("the encoder was trained again"))
     slides, query, cells = data
     resumed = Gears(NETWORK).fit(slides, cells)
-    assert content_digest(coordinates(resumed.reconstruct(query))) == content_digest(coordinates(networked.reconstruct(query)))
+    assert content_digest(coordinates(resumed.reconstruct(query))) == content_digest(networked_place)
     assert not any((tmp_path / "fits").iterdir())
 
 
-def test_a_workdir_of_other_settings_is_not_taken_over(data, tmp_path):
+def test_a_workdir_of_other_settings_is_not_taken_over(data, alone, training_only):
     slides, query, _ = data
-    Gears(settings()).fit(slides, workdir=tmp_path)
+    folder = alone[1]
     other = settings(**{"encoder.temperature": 0.5, "structure.h_noise": 0.9})
     fresh = coordinates(Gears(other).fit(slides).reconstruct(query))
     try:
-        reused = coordinates(Gears(other).fit(slides, workdir=tmp_path).reconstruct(query))
+        reused = coordinates(Gears(other).fit(slides, workdir=folder).reconstruct(query))
     except InputError:
         return  # refusing is as good as training anew
     assert np.array_equal(reused, fresh)
 
 
-def test_a_finished_workdir_is_loaded(data, tmp_path, placed):
+def test_a_finished_workdir_is_loaded(data, again, placed):
     slides, query, cells = data
-    runs = [Gears(settings()).fit(slides, cells, workdir=tmp_path) for _ in range(2)]
+    first, folder = again
+    runs = [first, Gears(settings()).fit(slides, cells, workdir=folder)]
     assert all(np.array_equal(coordinates(run.reconstruct(query)), coordinates(placed)) for run in runs)
-    assert runs[0].history == runs[1].history and any(tmp_path.iterdir())
+    assert runs[0].history == runs[1].history and any(folder.iterdir())
 
 
 def test_a_model_of_an_older_format_is_one_line(gears, tmp_path, monkeypatch):
@@ -283,7 +318,7 @@ def test_a_model_of_an_older_format_is_one_line(gears, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_saved_model_keeps_the_settings_of_its_model(data, tmp_path):
+def test_a_saved_model_keeps_the_settings_of_its_model(data, tmp_path, training_only):
     slides, query, _ = data
     model = {"name": "small-vae", "settings": {"latent": 3}}
     made = Gears(settings(**{"structure.guess_epochs": 1, "structure.epochs": 1}), model=model).fit(slides)
@@ -313,7 +348,7 @@ def test_poison_the_query_s_positions_and_labels_are_not_read(gears, placed, dat
     assert np.array_equal(coordinates(gears.reconstruct(query, slide_key="none")), coordinates(placed))
 
 
-def test_poison_only_the_gene_names_of_cells_reach_the_model(gears, data):
+def test_poison_only_the_gene_names_of_cells_reach_the_model(gears, data, training_only):
     slides, _, cells = data
     other = cells.copy()
     other.X = other.X[::-1].copy() * 2
@@ -323,7 +358,7 @@ def test_poison_only_the_gene_names_of_cells_reach_the_model(gears, data):
         gears.fitted.embedding.state()[0], gears.fitted.models[0].state_dict())
 
 
-def test_poison_a_gene_that_is_silent_in_the_cells_still_teaches(gears, data):
+def test_poison_a_gene_that_is_silent_in_the_cells_still_teaches(gears, data, training_only):
     slides, _, cells = data
     other = cells.copy()
     other.X = np.asarray(other.X.todense())
@@ -332,15 +367,15 @@ def test_poison_a_gene_that_is_silent_in_the_cells_still_teaches(gears, data):
     assert Gears(quick).fit(slides, other).fitted.genes == gears.fitted.genes
 
 
-def test_normaliser_is_fitted_on_slides_only(gears, data):
-    alone = Gears(settings()).fit(data[0]).fitted.embedding.preprocessor
-    beside = gears.fitted.embedding.preprocessor
-    assert alone.target_sum == beside.target_sum and np.array_equal(alone.centring.mu_global, beside.centring.mu_global)
+def test_normaliser_is_fitted_on_slides_only(gears, alone, data):
+    without, beside = (model.fitted.embedding.preprocessor for model in (alone[0], gears))
+    assert without.target_sum == beside.target_sum
+    assert np.array_equal(without.centring.mu_global, beside.centring.mu_global)
     totals = np.concatenate([np.asarray(s[:, list(beside.input_genes)].X.sum(1)).ravel() for s in data[0]])
     assert beside.target_sum == pytest.approx(np.median(totals))
 
 
-def test_labels_and_truth_of_the_slides_are_not_read(gears, data):
+def test_labels_and_truth_of_the_slides_are_not_read(gears, data, training_only):
     slides = [s.copy() for s in data[0]]
     for i, s in enumerate(slides):
         s.obs = s.obs[["slide"]].assign(patient=f"other{i}", cell_type="x")
@@ -351,7 +386,7 @@ def test_labels_and_truth_of_the_slides_are_not_read(gears, data):
     assert content_digest(model.fitted.models[0].state_dict()) == content_digest(gears.fitted.models[0].state_dict())
 
 
-def test_units_and_orientation_of_a_section_do_not_matter(data):
+def test_units_and_orientation_of_a_section_do_not_matter(gears, data, monkeypatch):
     """Positions enter as distances within a section in its own unit. Spots are jittered first: on a lattice, equal distances are told apart by rounding."""
     slides, query, _ = data
     rng = np.random.default_rng(0)
@@ -368,6 +403,7 @@ def test_units_and_orientation_of_a_section_do_not_matter(data):
     wrong = [s.copy() for s in plain]
     for s in wrong:
         s.obsm["spatial"] = rng.permutation(s.obsm["spatial"])
+    train_only(monkeypatch, gears)
     assert procrustes(X, coordinates(Gears(settings()).fit(wrong).reconstruct(query))).error > 0.1  # positions are read at all
 
 
@@ -397,10 +433,10 @@ def test_cells_without_the_model_s_genes_are_refused(gears, data):
         gears.reconstruct(query)
 
 
-def test_save_and_load_with_a_trained_encoder(networked, data, tmp_path):
-    again = Gears.load(networked.save(tmp_path / "model"))
-    assert np.array_equal(coordinates(again.reconstruct(data[1])), coordinates(networked.reconstruct(data[1])))
-    assert "encoder" in again.history
+def test_save_and_load_with_a_trained_encoder(networked, networked_place, data, tmp_path):
+    loaded = Gears.load(networked.save(tmp_path / "model"))
+    assert np.array_equal(coordinates(loaded.reconstruct(data[1])), networked_place)
+    assert "encoder" in loaded.history
 
 
 def test_save_and_load(gears, placed, data, tmp_path):

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 
@@ -282,19 +281,23 @@ def test_gears_learns_places_saves_and_loads(tmp_path):
     assert torch.equal(again.fitted.models[0].sd, g.fitted.models[0].sd)
 
 
-def test_the_command_line_takes_a_kind_of_model(tmp_path):
-    "In a process of its own; a wrong name is one line and exit code 2, and nothing is written."
+def test_the_command_line_takes_a_kind_of_model(tmp_path, monkeypatch, capsys):
+    "A right name in a process of its own; a wrong one is one line and exit code 2, and nothing is written."
     for name, table in zip("abq", simulate("tiny", seed=0).slides):
         table.write_h5ad(tmp_path / f"{name}.h5ad")
     small = [f"structure.model.settings.{k}={v}" for k, v in TINY.items()]
 
-    def shell(*more):
-        words = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--out", "r.h5ad", "--profile", "smoke", "--quiet", "--model-dir", "m", *more]
-        return subprocess.run([sys.executable, "-c", "import sys; from gears_nb.runs.cli import main; sys.exit(main())", *words], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "GEARS_CACHE": str(tmp_path / "cache")}, timeout=120)
-    wrong = shell("--model-kind", "gears_v3")
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "did you mean 'gears-v2'" in wrong.stderr and not (tmp_path / "r.h5ad").exists()
-    right = shell("--model-kind", "gears_v2", "--set", "structure.epochs=1", "structure.guess_epochs=1", *small)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEARS_CACHE", str(tmp_path / "cache"))
+    words = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--out", "r.h5ad", "--profile", "smoke", "--quiet",
+             "--model-dir", "m", "--model-kind"]
+    capsys.readouterr()
+    assert main([*words, "gears_v3"]) == 2 and not (tmp_path / "r.h5ad").exists()
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and "did you mean 'gears-v2'" in said
+    words += ["gears_v2", "--set", "structure.epochs=1", "structure.guess_epochs=1", *small]
+    right = subprocess.run([sys.executable, "-c", "import sys; from gears_nb.runs.cli import main; sys.exit(main())", *words],
+                           capture_output=True, text=True, timeout=120)
     assert right.returncode == 0 and "cells placed: r.h5ad" in right.stdout, right.stderr
     made = Gears.load(tmp_path / "m").config.structure.model
     assert (made.name, made.settings["dims"]) == ("gears-v2", 6)

@@ -15,6 +15,7 @@ from gears_nb.benchmark import adapters, own, peers
 from gears_nb.benchmark.peers import PEERS, Peer, PeerFailed, ask, install_peer, peer_row, peer_rows, pooled, read_pins
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
+from gears_nb.runs.cli import main
 
 PROLOGUE = """
 import json, os, sys, time
@@ -250,9 +251,17 @@ def test_benchmark_from_a_shell(files):
     assert "gears peers install tangram" in done.stdout and "mean rank" in (files / "t.html").read_text()
 
 
-def test_benchmark_is_repeatable(files):
-    for name in ("x.json", "y.json"):
-        assert shell(files, "--methods", "knn5,extratrees", "--out", name, "--seed", "3").returncode == 0
+def here(folder, monkeypatch, *more, cells="q.h5ad"):
+    """`gears benchmark` in this process: its exit code."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("GEARS_CACHE", str(folder / "cache"))
+    return main(["benchmark", "--slides", "a.h5ad", "b.h5ad", "--cells", cells, "--profile", "smoke", "--quiet", *more])
+
+
+def test_benchmark_is_repeatable(files, monkeypatch):
+    """Also in another process."""
+    asked = ("--methods", "knn5,extratrees", "--seed", "3", "--out")
+    assert shell(files, *asked, "x.json").returncode == here(files, monkeypatch, *asked, "y.json") == 0
     rows = [[{k: v for k, v in row.items() if k not in ("seconds", "peak_rss_mb")} for row in json.loads((files / name).read_text())["rows"]] for name in ("x.json", "y.json")]
     assert rows[0] == rows[1] and rows[0][0]["seed"] == 3
 
@@ -262,16 +271,16 @@ BAD = {"no truth": (["--out", "n.csv"], "blind.h5ad", "obsm['spatial']"), "unkno
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_bad_benchmark(fault, files):
+def test_bad_benchmark(fault, files, monkeypatch, capsys):
     more, cells, word = BAD[fault]
-    done = shell(files, *more, cells=cells)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
-    assert done.returncode == 2 and len(said) == 1 and word in said[0] and "Remedy: " in said[0], done.stderr
+    capsys.readouterr()
+    code, told = here(files, monkeypatch, *more, cells=cells), capsys.readouterr().err
+    said = [line for line in told.splitlines() if not line.startswith("warning: ")]
+    assert code == 2 and len(said) == 1 and word in said[0] and "Remedy: " in said[0], told
     assert not (files / "n.csv").exists() and not (files / "n.txt").exists()
 
 
 def test_peers_from_a_shell(capsys, tmp_path, monkeypatch):
-    from gears_nb.runs.cli import main
     monkeypatch.setenv("GEARS_CACHE", str(tmp_path))
     assert main(["peers", "list"]) == 0
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ from gears_nb.data.simulator import simulate
 from gears_nb.reconstruct.facade import Gears
 from gears_nb.reconstruct.samples import reconstruct_samples, spread_of
 from gears_nb.reconstruct.settings import profile
+from gears_nb.runs.cli import main
 
 GEARS = str(Path(sys.executable).with_name("gears"))
 SMALL = {"progress": False, "structure.miniset": 48, "structure.guess_epochs": 4, "structure.epochs": 4}
@@ -68,13 +69,15 @@ def test_a_model_with_one_answer_says_so_and_one_sample_is_refused(drawing, tiss
         reconstruct_samples(drawing, cells, samples=2)
 
 
-def test_the_command_writes_the_spread_and_refuses_none(drawing, tissue, tmp_path):
+def test_the_command_writes_the_spread_and_refuses_none(drawing, tissue, tmp_path, monkeypatch, capsys):
     drawing.save(tmp_path / "model")
     tissue[1].write_h5ad(tmp_path / "q.h5ad")
-    ask = lambda n: subprocess.run([GEARS, "reconstruct", "--model", "model", "--cells", "q.h5ad", "--out", "r.h5ad", "--quiet", "--samples", n],
-                                   cwd=tmp_path, capture_output=True, text=True)
-    refused = ask("0")
-    assert refused.returncode == 2 and "--samples" in refused.stderr and refused.stderr.strip().count("\n") == 0 and not (tmp_path / "r.h5ad").exists()
-    made = ask("2")
+    monkeypatch.chdir(tmp_path)
+    ask = ["reconstruct", "--model", "model", "--cells", "q.h5ad", "--out", "r.h5ad", "--quiet", "--samples"]
+    capsys.readouterr()
+    assert main([*ask, "0"]) == 2 and not (tmp_path / "r.h5ad").exists()
+    said = capsys.readouterr().err
+    assert "--samples" in said and said.strip().count("\n") == 0
+    made = subprocess.run([GEARS, *ask, "2"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert np.isfinite(ad.read_h5ad(tmp_path / "r.h5ad").obs["gears_spread"]).all()

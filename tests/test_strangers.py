@@ -15,13 +15,15 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from forks import ended, forked, start
 from test_cli import GEARS, refused, tissue
 
 import gears_nb.reconstruct.facade as facade
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.core.page import contents
+from gears_nb.core.store import content_digest
 from gears_nb.reconstruct.facade import MODEL_FORMAT, Gears
-from gears_nb.reconstruct.settings import profile
+from gears_nb.reconstruct.settings import profile, training_digest
 from gears_nb.runs.cli import main
 
 QUICK = {"structure.guess_epochs": 2, "structure.epochs": 1, "structure.minisets_per_epoch": 8, "solve.iterations": 20}
@@ -32,10 +34,30 @@ def config(**changes):
     return profile("smoke", progress=False, **QUICK, **changes)
 
 
+def trained_once(folder):
+    """`train_all`, which trains the same reference with the same settings once: most tests here ask whether an input is
+    another spelling of the slides of `home`, and if it is not, it is trained on. That two trainings agree is asked in
+    tests/test_facade.py, and of processes below.
+    """
+
+    def train(reference, settings, checkpoints):
+        key = training_digest(settings), reference.origin, reference.match.genes, reference.slides
+        home = folder / content_digest(*key)
+        if not home.exists():
+            facade.write_fitted(home, TRAIN_ALL(reference, settings, checkpoints), settings)
+        return facade.read_fitted(home, settings)
+
+    return train
+
+
+TRAIN_ALL = facade.train_all
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEARS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(facade, "train_all", trained_once(tmp_path_factory.mktemp("trained")))
         yield
 
 
@@ -434,15 +456,30 @@ def test_a_place_that_takes_no_write_is_found_first(flag, here, capsys):
 # job arrays -----------------------------------------------------------------------------------------------------------
 
 
+def _as_a_fork(argv, folder, cache, said):
+    os.chdir(folder)
+    os.environ["GEARS_CACHE"] = str(cache)
+    facade.train_all = TRAIN_ALL
+    sys.stderr = open(said, "w")
+    sys.exit(main(argv))
+
+
+def at_once(commands, folder, cache):
+    "gears commands, each in a process of its own, a fork, which imports nothing again: exit codes and what they said."
+    said = [folder / f"said{i}.txt" for i in range(len(commands))]
+    runs = [start(_as_a_fork, argv, folder, cache, path) for argv, path in zip(commands, said)]
+    return [ended(run) for run in runs], [path.read_text() for path in said]
+
+
+@forked
 def test_two_runs_with_one_reference_share_the_training(here, placed, tmp_path_factory):
-    env = {**os.environ, "GEARS_CACHE": str(tmp_path_factory.mktemp("shared")), "OMP_NUM_THREADS": "1"}
-    command = lambda n: [GEARS, "reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--model", "both", "--out", f"{n}.h5ad", *SET]
-    runs = [subprocess.Popen(command(n), cwd=here, env=env, stderr=subprocess.PIPE, text=True) for n in "xy"]
-    said = [r.communicate(timeout=120)[1] for r in runs]
-    assert [r.returncode for r in runs] == [0, 0], said
+    cache = tmp_path_factory.mktemp("shared")
+    command = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--model", "both", *SET, "--out"]
+    codes, said = at_once([[*command, f"{n}.h5ad"] for n in "xy"], here, cache)
+    assert codes == [0, 0], said
     for n in "xy":
         np.testing.assert_array_equal(where(here / f"{n}.h5ad"), placed.obsm["X_gears"])
-    assert not list((Path(env["GEARS_CACHE"]) / "fits").iterdir())
+    assert not list((cache / "fits").iterdir())
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -650,12 +687,11 @@ def test_a_placed_table_is_placed_again_and_old_columns_go(here, home, placed):
     assert any("no longer called" in line for line in json.loads(result.uns["gears"]["warnings"]))
 
 
+@forked
 def test_two_fits_into_one_folder_do_not_both_win(here, tmp_path_factory):
-    env = {**os.environ, "GEARS_CACHE": str(tmp_path_factory.mktemp("race")), "OMP_NUM_THREADS": "1"}
-    runs = [subprocess.Popen([GEARS, "fit", "--slides", f"{n}.h5ad", "--model", "mm", *SET], cwd=here, env=env, stderr=subprocess.PIPE, text=True) for n in "ab"]
-    said = [r.communicate(timeout=120)[1] for r in runs]
-    codes = sorted(r.returncode for r in runs)
-    assert codes in ([0, 1], [0, 2]), said  # the later one was refused before training, or told after it
+    fits = [["fit", "--slides", f"{n}.h5ad", "--model", "mm", *SET] for n in "ab"]
+    codes, said = at_once(fits, here, tmp_path_factory.mktemp("race"))
+    assert sorted(codes) in ([0, 1], [0, 2]), said  # the later one was refused before training, or told after it
     assert not (here / "mm.train").exists()
 
 
