@@ -247,7 +247,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         raise InputError("gears", "--model-kind", f"{args.model_kind} and --set {other[0]} name two models", "give one of them")
     return args.overrides + [f"structure.model={name}"]
 
-
+# %% ../../nbs/runs/05_cli.ipynb #fitrecev
 def _fit(args: argparse.Namespace) -> int:
     from gears_nb.runs.files import fit_files
     model = fit_files(args.slides, args.model_dir, args.cells, profile=args.profile or "toy", seed=args.seed or 0, min_genes=args.min_genes,
