@@ -223,7 +223,8 @@ def test_truth_in_the_query_changes_nothing(slides, fitted, query):
 def test_errors_and_places_follow_the_order_of_cells(fitted, query):
     order = np.random.default_rng(3).permutation(query.n_obs)
     a, b = fitted.reconstruct(query), fitted.reconstruct(query[order].copy())
-    assert np.allclose(a.obs["gears_error"].to_numpy()[order], b.obs["gears_error"], atol=1e-5)
+    off = lambda rows: np.abs(a.obs["gears_error"].to_numpy()[rows] - b.obs["gears_error"].to_numpy()).max()
+    assert off(order) < 1e-4 < 1e-2 < off(order[::-1])  # embeddings are float32, and rounding differs from one processor to the next
     assert procrustes(b.obsm["X_gears"], a.obsm["X_gears"][order]).error < 1e-3
 
 
