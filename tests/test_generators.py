@@ -309,4 +309,6 @@ def test_two_names_of_a_model_are_one_line(capsys):
     assert main([*words, "structure.model=opnet"]) == 2
     told = capsys.readouterr().err.strip()
     assert "\n" not in told and "--model-kind" in told and "opnet" in told
+    address = ["fit", "--slides", "a.h5ad", "--model", "m", "--model-kind", "gears_nb.generators.opnet:OpNet"]
+    assert main(address) == 2 and "a.h5ad" in capsys.readouterr().err  # an address keeps its underscores
     assert main([*words, "structure.model=d7"]) == 2 and "a.h5ad" in capsys.readouterr().err  # the same name twice: on to the files

@@ -242,8 +242,9 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     """What --set changes, and the model of --model-kind; underscores in its name count as hyphens."""
     if args.model_kind is None:
         return args.overrides
-    name = args.model_kind.replace("_", "-")
-    if other := [text for text in args.overrides if text.partition("=")[0] in ("structure.model", "structure.model.name") and text.partition("=")[2] != name]:
+    hyphens = lambda name: name if ":" in name else name.replace("_", "-")  # an address is a module's name
+    name, keys = hyphens(args.model_kind), ("structure.model", "structure.model.name")
+    if other := [text for text in args.overrides if text.partition("=")[0] in keys and hyphens(text.partition("=")[2]) != name]:
         raise InputError("gears", "--model-kind", f"{args.model_kind} and --set {other[0]} name two models", "give one of them")
     return args.overrides + [f"structure.model={name}"]
 
