@@ -33,7 +33,7 @@ def energy_score(draws: Tensor, truth: Tensor) -> Tensor:
 # %% ../../nbs/generators/19_jittered.ipynb #aaeabdb3
 @dataclass(frozen=True, kw_only=True)
 class JitteredConfig(Section):
-    "Settings of engression; in a run, `structure.model.settings`."
+    "Settings of `jittered`; in a run, `structure.model.settings`."
 
     width: Size = 64        # of hidden rows
     heads: Size = 4
