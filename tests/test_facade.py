@@ -22,7 +22,7 @@ from gears_nb.geometry.gauge import gauge_fix, procrustes, rms
 from gears_nb.reconstruct import facade
 from gears_nb.reconstruct.even import even_out
 from gears_nb.reconstruct.facade import Gears
-from gears_nb.reconstruct.settings import GearsConfig, profile
+from gears_nb.reconstruct.settings import GearsConfig, profile, training_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore::gears_nb.core.errors.GearsWarning")
 
@@ -112,7 +112,7 @@ def training_only(monkeypatch, gears):
 @pytest.fixture
 def quick_adapter(monkeypatch):
     "Fine-tune for fewer steps."
-    import gears_nb.reconstruct.facade as module
+    import gears_nb.alignment.align as module
 
     monkeypatch.setattr(module, "finetune", functools.partial(module.finetune, steps=20))
 
@@ -201,17 +201,30 @@ def test_cells_are_placed_too(gears, data):
 
 def test_the_adapter_moves_queries_only(gears, data, quick_adapter, training_only):
     slides, _, cells = data
-    plain, adapted = gears, Gears(settings(**{"encoder.adapter": True})).fit(slides, cells)
-    assert not plain.config.encoder.adapter
+    plain, adapted = gears, Gears(settings(**{"encoder.align": "adapter"})).fit(slides, cells)
+    assert plain.config.encoder.align == "auto"
     assert content_digest(plain.fitted.embedding.state()[0], plain.fitted.cloud) == content_digest(adapted.fitted.embedding.state()[0], adapted.fitted.cloud)
     cloud, a, b = plain.fitted.cloud, plain.embed(cells).obsm["H_gears"], adapted.embed(cells).obsm["H_gears"]
     gap = lambda H: np.linalg.norm(H.mean(0) - cloud.mean(0)) + np.linalg.norm(np.cov(H.T) - np.cov(cloud.T))
     assert gap(b) < 0.7 * gap(a)
 
 
+def test_transport_moves_queries_into_the_cloud_and_says_so(gears, data):
+    """Asked of a trained model: the move belongs to the query, so nothing is trained again, and the cells' names and order stay."""
+    moving = Gears(settings(**{"encoder.align": "transport"}))
+    moving._fitted = gears.fitted
+    cells, cloud = data[2], gears.fitted.cloud
+    H = moving.embed(cells).obsm["H_gears"]
+    low, high = cloud.min(0), cloud.max(0)
+    assert (H >= low - 1e-5).all() and (H <= high + 1e-5).all() and not np.array_equal(H, gears.embed(cells).obsm["H_gears"])
+    said = json.loads(moving.reconstruct(cells).uns["gears"]["alignment"])
+    assert said["align"] == "transport" and 0 <= said["separable"] <= 1
+    assert training_digest(moving.config) == training_digest(gears.config)
+
+
 def test_the_adapter_follows_the_order_of_cells(networked, data, quick_adapter):
     """With 32 dimensions: in 128, two hundred cells leave directions empty, in which Adam turns rounding into steps."""
-    model, order = Gears(settings(**{"encoder.kind": "network", "encoder.adapter": True})), np.random.default_rng(0).permutation(data[2].n_obs)
+    model, order = Gears(settings(**{"encoder.kind": "network", "encoder.align": "adapter"})), np.random.default_rng(0).permutation(data[2].n_obs)
     model._fitted = networked.fitted
     a, b = (model.embed(cells).obsm["H_gears"] for cells in (data[2], data[2][order].copy()))
     np.testing.assert_allclose(b, a[order], atol=1e-3)

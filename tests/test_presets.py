@@ -353,7 +353,7 @@ def test_only_the_encoder_feels_the_warm_up(slides):
     batch = next(mixed.epoch(torch_rng(0)))
     assert torch.equal(batch["kind"], (batch["slide"] == 3).long()) and (batch["positive"][-1] == -1).all() and not batch["far"][-1].any()
     torch.manual_seed(0)
-    student = presets._Student(presets.new_encoder(mixed.config, 30), 2, mixed.config)
+    student = presets.Student(presets.new_encoder(mixed.config, 30), 2, mixed.config)
     slope = {}
     for progress in (0.0, 0.25, 0.5, 0.9):
         loss = presets.critic_loss(student, torch.full((len(batch["x"]), 8), np.nan), batch, mixed.config, progress)  # the augmented view plays no part

@@ -158,6 +158,10 @@ def harmony(Z: np.ndarray, labels: Sequence, *, seed: int = 0, **options: Any) -
         raise InputError("harmony", "package", "harmonypy is not installed", "pip install harmonypy") from error
     logging.getLogger("harmonypy").setLevel(logging.WARNING)
     meta = pd.DataFrame({"slide": np.asarray(labels).astype(str)})
-    fitted = harmonypy.run_harmony(np.asarray(Z, dtype=np.float64), meta, ["slide"], random_state=seed, verbose=False, **options)
+    stream = np.random.get_state()
+    try:  # harmonypy seeds numpy's global stream
+        fitted = harmonypy.run_harmony(np.asarray(Z, dtype=np.float64), meta, ["slide"], random_state=seed, verbose=False, **options)
+    finally:
+        np.random.set_state(stream)
     corrected = np.asarray(fitted.Z_corr)
     return (corrected.T if corrected.shape != Z.shape else corrected).astype(np.asarray(Z).dtype)

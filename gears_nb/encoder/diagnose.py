@@ -183,7 +183,7 @@ def check_accuracy(samples: Samples) -> Finding:
     severity = "warning" if stubborn else "note" if separate else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred (chance {r['chance']:.2f})." for t, r in numbers.items())
     advice = (f"Centring, which Gears does itself, is not enough for: {', '.join(stubborn)}. Means agree and shapes do not." +
-              (f" Let the cells be moved into the cloud of the slides: `{option('encoder.adapter', True)}`." if "spots or cells" in stubborn else "") +
+              (f" Let the cells be moved into the cloud of the slides: `{option('encoder.align', 'transport')}`." if "spots or cells" in stubborn else "") +
               (" See H3 and H5, and leave out a slide that differs from all others." if "slides" in stubborn else "") if stubborn else
               "Nothing to do: Gears centres every source by its own gene means itself, and then its name is hardly to be told." if separate else "Nothing to do.")
     charts = tuple(Bars(f"accuracy: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", r["chance"], "chance") for t, r in numbers.items())
@@ -224,7 +224,7 @@ def check_mixing(samples: Samples) -> Finding:
     severity = "warning" if apart else "note" if min(r["raw"] for r in numbers.values()) < 0.5 else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred." for t, r in numbers.items())
     advice = (f"Even centred, {' and '.join(apart)} keep to themselves." + (
-              f" Expect this of single cells among spots, which are sums of cells; `{option('encoder.adapter', True)}` moves them together." if "spots and cells" in apart else
+              f" Expect this of single cells among spots, which are sums of cells; `{option('encoder.align', 'transport')}` moves them together." if "spots and cells" in apart else
               " The slides differ in more than gene means: see H3, H4 and H5.") if apart else
               "Nothing to do: Gears centres every source itself before it looks for neighbours across sources." if severity == "note" else "Nothing to do.")
     charts = tuple(Bars(f"mixing: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", 1.0, "one cloud") for t, r in numbers.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ..core.config import from_dict, override, to_dict
 from ..core.errors import InputError
 from ..core.seeding import randn, stream_seed
 from ..core.store import Store, content_digest
-from ..core.training import History, train
+from ..core.training import History, Loss, Turn, train
 from ..data.preprocess import Preprocessor, group_means
 from .alignment import DomainCritic, adversary_loss, coral, mmd, slide_scale
 from .losses import far_pairs, spatial_infonce, vicreg
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PRESETS', 'DENSE_ENTRIES', 'preset_config', 'Rows', 'log_rows', 'encoder_rows', 'Places', 'Scattered', 'Dealer',
-           'coins', 'windows', 'two_views', 'critic_loss', 'alignment_terms', 'infonce_by_slide', 'encoder_loss',
-           'fit_encoder', 'encode', 'Preset', 'packed', 'unpacked', 'encoder_from', 'fit_preset']
+           'coins', 'windows', 'two_views', 'Student', 'critic_loss', 'alignment_terms', 'infonce_by_slide',
+           'encoder_loss', 'fit_encoder', 'encode', 'Preset', 'packed', 'unpacked', 'encoder_from', 'fit_preset']
 
 # %% ../../nbs/encoder/05_presets.ipynb #0244b8af
 PRESETS: dict[str, NetworkConfig] = {
@@ -225,22 +225,34 @@ def two_views(x: Tensor, config: NetworkConfig, spread: float, rng: torch.Genera
 
 
 # %% ../../nbs/encoder/05_presets.ipynb #dcdca0e6
-class _Student(nn.Module):
-    "The encoder and, if an adversary is on, its critic."
+class Student(nn.Module):
+    "The encoder and, if an adversary is on, its critic. A method of alignment overrides `embed`, `terms` or `turns` (chapter alignment)."
 
     def __init__(self, encoder: SharedEncoder, groups: int, config: NetworkConfig):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.config = encoder, config
         self.critic = DomainCritic(encoder.body[-1].out_features, groups) if config.adversary_weight and groups > 1 else None
 
+    def embed(self, views: Tensor, slide: Tensor) -> Tensor:
+        "Where the losses act: `(n, d)` of `views` `(n, g)`; `slide` `(n,)` numbers of their sources."
+        return self.encoder.learned(views)
 
+    def terms(self, z: Tensor, batch: dict[str, Tensor], progress: float) -> dict[str, tuple[float, Tensor]]:
+        "Weight and value of what is added to the loss; `z` `(b, d)` is the first view of the batch."
+        return alignment_terms(self, z, batch, self.config, progress)
+
+    def turns(self, loss: Loss) -> Loss | Sequence[Turn]:
+        "Who learns from a batch, one after the other; `loss` is that of the encoder."
+        return loss
+
+# %% ../../nbs/encoder/05_presets.ipynb #al1gnt02
 def _between(distance: Any, clouds: Sequence[Tensor]) -> Tensor:
     "Sum of `distance` over pairs of clouds that have at least two rows."
     big = [c for c in clouds if len(c) > 1]
     return sum((distance(a, b) for i, a in enumerate(big) for b in big[i + 1 :]), clouds[0].new_zeros(()))
 
 
-def critic_loss(student: _Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float) -> Tensor:
+def critic_loss(student: Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float) -> Tensor:
     "What the critic pays for guessing the slide by the view `z` `(b, d)`, or the kind by the clean input; `progress` as in `encoder_loss`."
     strength = min(1.0, progress / config.adversary_warmup) if config.adversary_warmup else 1.0
     if config.adversary == "kind":
@@ -248,7 +260,7 @@ def critic_loss(student: _Student, z: Tensor, batch: dict[str, Tensor], config: 
     return adversary_loss(student.critic, z, batch["slide"], strength)
 
 
-def alignment_terms(student: _Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float = 1.0) -> dict[str, tuple[float, Tensor]]:
+def alignment_terms(student: Student, z: Tensor, batch: dict[str, Tensor], config: NetworkConfig, progress: float = 1.0) -> dict[str, tuple[float, Tensor]]:
     "Weight and value of every alignment term that is on."
     slide = batch["slide"]
     clouds, out = [z[slide == s] for s in range(int(slide.max()) + 1)], {}
@@ -274,12 +286,12 @@ def infonce_by_slide(first: Tensor, second: Tensor, positive: Sequence[Tensor], 
     return total / max(count, 1)
 
 # %% ../../nbs/encoder/05_presets.ipynb #d457654e
-def encoder_loss(student: _Student, batch: dict[str, Tensor], config: NetworkConfig, spread: float, progress: float, rng: torch.Generator) -> dict[str, Tensor]:
+def encoder_loss(student: Student, batch: dict[str, Tensor], config: NetworkConfig, spread: float, progress: float, rng: torch.Generator) -> dict[str, Tensor]:
     "`loss` and its unweighted terms; `progress` in [0, 1) is how much of the training is over."
-    first, second = student.encoder.learned(two_views(batch["x"], config, spread, rng, batch["slide"])).chunk(2)
+    first, second = student.embed(two_views(batch["x"], config, spread, rng, batch["slide"]), batch["slide"].repeat(2)).chunk(2)
     rise = min(1.0, progress / config.inv_warmup) if config.inv_warmup else 1.0
     terms = vicreg(first, second, rise * config.lambda_inv, config.lambda_var, config.lambda_cov)
-    extra = alignment_terms(student, first, batch, config, progress)
+    extra = student.terms(first, batch, progress)
     if config.nce_weight:
         extra["nce"] = config.nce_weight, infonce_by_slide(first, second, batch["positive"], batch["far"], config.temperature)
     loss = terms["loss"] + sum(weight * value for weight, value in extra.values())
@@ -291,32 +303,34 @@ def _spread(rows: Sequence[Rows], sample: int = 512) -> float:
     return float(torch.cat([r.take(torch.arange(min(sample, len(r)))) for r in rows]).std())
 
 
-def _new_student(rows: Sequence[Rows], config: NetworkConfig, seed: int) -> _Student:
+def _new_student(kind: Callable[..., Student], rows: Sequence[Rows], config: NetworkConfig, seed: int) -> Student:
     "Untrained, with weights from a stream of their own."
     stem: tuple[Tensor, ...] = ()
     if config.stem:
         stem = tuple(map(torch.from_numpy, principal_axes(np.concatenate([r.take(torch.arange(len(r))).numpy() for r in rows]), config.stem, seed)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "preset", "weights"))
-        return _Student(new_encoder(config, rows[0].width, *stem), 2 if config.adversary == "kind" else len(rows), config)
+        return kind(new_encoder(config, rows[0].width, *stem), 2 if config.adversary == "kind" else len(rows), config)
 
 
 def fit_encoder(rows: Sequence[Rows], coords: Sequence[np.ndarray | None], config: NetworkConfig, *, seed: int = 0, name: str = "encoder",
-                checkpoint: str | Path | None = None, tag: str = "") -> tuple[SharedEncoder, History]:
+                checkpoint: str | Path | None = None, tag: str = "", student: Callable[..., Student] = Student,
+                dealer: Callable[..., Dealer] = Dealer) -> tuple[SharedEncoder, History]:
     """Train on slides: `rows` of each and `coords` `(n_s, 2)` in any unit (None: dissociated cells). Same seed, same bits.
 
     `checkpoint`: path stem for the state of the training, written about sixty times and resumed from to the bits of a run that was never interrupted; `tag` names the data
-    in it. Raises `InputError` if it is damaged or belongs to other data, settings or seed, and for a critic of kinds that sees one kind. Source: Sources S3, section Design A.
+    in it. `student(encoder, groups, config)` and `dealer(rows, places, config)`: what is trained, and how spots are dealt, where a method of alignment wants them its own way.
+    Raises `InputError` if the state is damaged or belongs to other data, settings or seed, and for a critic of kinds that sees one kind. Source: Sources S3, section Design A.
     """
     if config.adversary_weight and config.adversary == "kind" and len({c is None for c in coords}) < 2:
         raise InputError("encoder", "adversary", "is 'kind', and all tables are of one kind", "give slides and dissociated cells, or set adversary='slide'")
-    dealer = Dealer(rows, [Scattered(len(r)) if c is None else Places(c, config.positives) for r, c in zip(rows, coords)], config)
-    student, spread, epochs = _new_student(rows, config, seed), _spread(rows), config.train.epochs
+    deal = dealer(rows, [Scattered(len(r)) if c is None else Places(c, config.positives) for r, c in zip(rows, coords)], config)
+    net, spread, epochs = _new_student(student, rows, config, seed), _spread(rows), config.train.epochs
     settings = dataclasses.replace(config.train, patience_after=max(config.train.patience_after, math.ceil(config.inv_warmup * epochs)),
                                    checkpoint_every=max(config.train.checkpoint_every, epochs // 60))
-    history = train(student, lambda epoch, rng: dealer.epoch(rng), lambda m, batch, epoch, rng: encoder_loss(m, batch, config, spread, epoch / epochs, rng),
-                    settings, seed=seed, name=name, checkpoint=checkpoint, tag=tag)
-    return student.encoder.eval(), history
+    loss = lambda m, batch, epoch, rng: encoder_loss(m, batch, config, spread, epoch / epochs, rng)
+    history = train(net, lambda epoch, rng: deal.epoch(rng), net.turns(loss), settings, seed=seed, name=name, checkpoint=checkpoint, tag=tag)
+    return net.encoder.eval(), history
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ from ..core.progress import working
 from ..core.seeding import np_rng
 from ..core.store import Store, content_digest
 from ..core.training import check_device
+from ..alignment.moves import move
 from ..data.genes import GeneMatch, locate, match_genes, spoken_names, take_genes
 from ..data.preprocess import row_totals
 from ..data.registry import cache_root
 from ..data.sections import repeated_sections, section_labels, split_sections
 from ..data.validate import Report, validate_cells, validate_slide
-from ..encoder.adapter import SCAdapter, finetune
 from ..encoder.embedding import Embedding, embedding_from, fit_embedding
 from ..geometry.gauge import rescaled
 from ..lab.digests import code_digest
@@ -150,7 +150,7 @@ class Fitted:
     vocabulary: str  # "symbol" or "ensembl"
     embedding: Embedding
     models: list[GeometryModel]
-    cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, for the adapter
+    cloud: np.ndarray  # (m, d) a seeded sample of reference embeddings, into which a query may be moved
     evidence: Evidence  # how much a number of counts tells
     atlas: Atlas  # features and places of the reference's spots
     rehearsal: Rehearsal  # how far each source of evidence can be trusted
@@ -325,10 +325,12 @@ def _by_section(parts: Mapping[str, Any], pick: Any) -> Any:
     return next(iter(found.values())) if len(found) == 1 else found
 
 
-def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[np.ndarray, Reconstruction]], query: Query, said: Sequence[str]) -> dict[str, Any]:
+def describe_run(config: GearsConfig, fitted: Fitted, parts: Mapping[str, tuple[np.ndarray, Reconstruction]], query: Query, said: Sequence[str],
+                 moved: Mapping[str, Any]) -> dict[str, Any]:
     "`uns['gears']`: nested plain values that survive writing to .h5ad; settings and lists are kept as JSON text."
     story = {"config": to_dict(config), "model": fitted.origin, "gene_matching": fitted.report.get("gene_matching", {}),
              "evidence": fitted.evidence.to_dict(),
+             "alignment": next(iter(moved.values())) if len(moved) == 1 else dict(moved),
              "graph": _by_section(parts, lambda d: {k: d[k] for k in _GRAPH}),
              "stitching": _by_section(parts, lambda d: {k: v for k, v in d.items() if k not in (*_GRAPH, *_SOLVE, *_FUSION)}),
              "fusion": _by_section(parts, lambda d: d.get("fusion", {})),
@@ -466,29 +468,24 @@ def _ready(gears: Gears, adata: AnnData, slide_key: str | None) -> tuple[Query, 
     return query, labels
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #020cc742
-def _embed(gears: Gears, table: AnnData) -> np.ndarray:
-    "Embeddings (n, d) of one section."
-    H = gears.fitted.embedding.embed(table)
-    if not gears.config.encoder.adapter or len(H) < 2:  # one cell has no covariance
-        return H
-    sc, st = torch.from_numpy(H), torch.from_numpy(gears.fitted.cloud)
-    adapter = SCAdapter(H.shape[1]).solve(sc, st)
-    finetune(adapter, sc[torch.from_numpy(content_order(H))], st, seed=gears.config.seed)  # the order of rows must not matter
-    return adapter(sc).detach().numpy()
+def _embed(gears: Gears, table: AnnData) -> tuple[np.ndarray, dict[str, Any]]:
+    "Embeddings (n, d) of one section, moved into the cloud of the reference where the settings want it, and what was done."
+    return move(gears.fitted.embedding.embed(table), gears.fitted.cloud, gears.config.encoder.align, seed=gears.config.seed)
 
 
-def _embedded(gears: Gears, query: Query, labels: np.ndarray) -> np.ndarray:
-    "Embeddings (kept, d), section by section; NaN in sections of fewer than `FEWEST` cells, which have no mean worth the name."
+def _embedded(gears: Gears, query: Query, labels: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    "Embeddings (kept, d), section by section, and what was done to each; NaN in sections of fewer than `FEWEST` cells, which have no mean worth the name."
     with working(f"embedding {len(labels)} cells", gears.config.structure.train.progress):
         names = [name for name, count in zip(*np.unique(labels.astype(str), return_counts=True)) if count >= FEWEST]
         if len(names) == 1 and (labels == names[0]).all():
-            return _embed(gears, query.table)
+            H, said = _embed(gears, query.table)
+            return H, {names[0]: said}
         found = {name: (labels.astype(str) == name) for name in names}
         parts = {name: _embed(gears, query.table[rows].copy()) for name, rows in found.items()}
-        out = np.full((len(labels), next(iter(parts.values())).shape[1]), np.nan, np.float32)
+        out = np.full((len(labels), next(iter(parts.values()))[0].shape[1]), np.nan, np.float32)
         for name, rows in found.items():
-            out[rows] = parts[name]
-        return out
+            out[rows] = parts[name][0]
+        return out, {name: said for name, (_, said) in parts.items()}
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #8688c0f0
 def _beside(gears: Gears, table: AnnData, H: np.ndarray) -> tuple[Fusion | None, float]:
@@ -532,7 +529,7 @@ def _embed_table(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     "See `Gears.embed`."
     query, labels = _ready(gears, adata, slide_key)
     out = (adata.to_memory() if adata.isbacked else adata).copy()
-    out.obsm["H_gears"] = _spread(_embedded(gears, query, labels), np.flatnonzero(query.kept), adata.n_obs)
+    out.obsm["H_gears"] = _spread(_embedded(gears, query, labels)[0], np.flatnonzero(query.kept), adata.n_obs)
     return out
 
 
@@ -541,12 +538,12 @@ def _reconstruct(gears: Gears, adata: AnnData, slide_key: str | None) -> AnnData
     with _recorded() as said:
         query, labels = _ready(gears, adata, slide_key)
         table = _writable(adata)
-        H = _embedded(gears, query, labels)
+        H, moved = _embedded(gears, query, labels)
         parts = _maps(gears, query, H, labels)
-    return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said))
+    return write_result(table, parts, H, query, describe_run(gears.config, gears.fitted, parts, query, said, moved))
 
 # %% ../../nbs/reconstruct/06_facade.ipynb #07b68c11
-MODEL_FORMAT = 7  # 4 had no atlas and no rehearsal, 5 four sources fewer, 6 no skills
+MODEL_FORMAT = 8  # 4 had no atlas and no rehearsal, 5 four sources fewer, 6 no skills, 7 a switch for the adapter
 
 
 def write_fitted(folder: Path, fitted: Fitted, config: GearsConfig) -> Path:

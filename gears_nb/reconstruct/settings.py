@@ -68,6 +68,7 @@ def profile(name: str = "toy", **overrides: Any) -> GearsConfig:
 
 
 def training_digest(config: FitConfig) -> str:
-    "`digest` of what shapes a trained model: everything but the settings of patches and solve, and the label of the profile."
+    "`digest` of what shapes a trained model: everything but the settings of patches and solve, how a query is moved, and the label of the profile."
     shaping = {f.name: getattr(config, f.name) for f in dataclasses.fields(FitConfig)}
+    shaping["encoder"] = dataclasses.replace(config.encoder, align="auto")
     return digest(FitConfig(**{**shaping, "profile": ""}))
