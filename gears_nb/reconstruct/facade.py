@@ -43,7 +43,7 @@ from ..models.fit import fit_ensemble
 from .atlas import Atlas, atlas_from, make_atlas
 from .depth import Evidence, measure_evidence
 from .fusion import LOST, SOURCES, Fusion, confidence
-from .patchwise import Reconstruction, content_order
+from .patchwise import Reconstruction
 from .patchwise import reconstruct as lay_out
 from .rehearsal import Rehearsal, Rows, rehearsal_from, rehearse
 from .settings import GearsConfig, profile, training_digest
