@@ -553,7 +553,11 @@ def test_settings_of_the_layout_may_change_and_those_of_training_may_not(here, p
     assert place(here, "q.h5ad", "out.h5ad", "--set", "solve.even=0", "patches.overlap=4", "--seed", "3") == 0
     about = json.loads(ad.read_h5ad(here / "out.h5ad").uns["gears"]["config"])
     assert about["patches"]["overlap"] == 4 and about["seed"] == 3 and not np.array_equal(where(here / "out.h5ad"), placed.obsm["X_gears"])
-    (here / "out.h5ad").unlink()
+    assert place(here, "q.h5ad", "moved.h5ad", "--set", "encoder.align=transport") == 0  # how a query is moved is no matter of training
+    assert json.loads(ad.read_h5ad(here / "moved.h5ad").uns["gears"]["alignment"])["align"] == "transport"
+    assert not np.array_equal(where(here / "moved.h5ad"), placed.obsm["X_gears"])
+    for made in ("out.h5ad", "moved.h5ad"):
+        (here / made).unlink()
     for more in (["--set", "structure.heads=2"], ["--profile", "toy"], ["--min-genes", "20"], ["--set", "encoder.metric.dim=8"]):
         refused(capsys, here, lambda more=more: place(here, "q.h5ad", "out.h5ad", *more), "model", "training")
     with pytest.raises(InputError, match="shaped the training"):
