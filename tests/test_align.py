@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gears_nb.alignment.align as align_module
-from gears_nb.alignment import adversaries, board, scores
+from gears_nb.alignment import adversaries, board, moves, scores
 from gears_nb.alignment.adversaries import Critic, Wasserstein, averaged
 from gears_nb.alignment.align import METHODS, TERMS, UNEQUAL, align, fit_alignment, mapped, method_config, method_of
 from gears_nb.alignment.architecture import Cycle, SourceNorm, by_source
@@ -1073,3 +1073,42 @@ def test_breast_teaches_spots_and_hides_the_places_of_cells():
     assert made.names == ("ST1", "SC") and made.sizes == (709, 3000) and made.kinds == ("ST", "SC") and made.taught == (True, False)
     assert "spatial" not in made.tables[1].obsm and made.places[1].shape == (3000, 2) and np.isfinite(made.places[1]).all()
     assert len(set(made.tables[1].obs_names)) == 3000 and whole_counts(made)
+
+
+# moves of a query -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    rng = np.random.default_rng(3)
+    return {name: (rng.normal(size=(n, 4)) + shift).astype(np.float32) for name, n, shift in (("cloud", 300, 0.0), ("inside", 150, 0.0), ("outside", 150, 1.5))}
+
+
+@pytest.mark.parametrize("how", ["harmony", "transport"])
+def test_a_move_brings_a_query_nearer_and_follows_the_order_of_its_rows(how, clouds):
+    out, said = moves.move(clouds["outside"], clouds["cloud"], how, seed=1)
+    assert said == {"align": how, "separable": moves.separable(clouds["outside"][np.lexsort(clouds["outside"].T[::-1])], clouds["cloud"], 1)}
+    assert moves.separable(out, clouds["cloud"]) < said["separable"] - 0.15 and out.dtype == np.float32
+    order = np.random.default_rng(0).permutation(150)
+    np.testing.assert_allclose(moves.move(clouds["outside"][order], clouds["cloud"], how, seed=1)[0], out[order], atol=1e-3)
+
+
+def test_auto_moves_only_what_is_apart_and_only_as_decided(clouds, monkeypatch):
+    assert moves.AUTO == "none" and moves.move(clouds["outside"], clouds["cloud"], "auto")[0] is clouds["outside"]
+    monkeypatch.setattr(moves, "AUTO", "transport")
+    assert moves.move(clouds["inside"], clouds["cloud"], "auto")[0] is clouds["inside"]
+    assert moves.move(clouds["outside"], clouds["cloud"], "auto")[1]["align"] == "transport"
+    assert moves.move(clouds["outside"][:1], clouds["cloud"], "transport")[1] == {"align": "none"}
+
+
+def test_what_harmony_does_to_the_reference_is_taken_back(clouds, monkeypatch):
+    shift = np.array([5.0, 0, 0, 0], np.float32)
+    monkeypatch.setattr(moves, "harmony", lambda Z, labels, seed: Z + shift)
+    np.testing.assert_allclose(moves.harmonised(clouds["outside"], clouds["cloud"]), clouds["outside"], atol=1e-5)
+
+
+def test_a_package_that_is_missing_is_one_line(clouds, monkeypatch):
+    monkeypatch.setitem(sys.modules, "geomloss", None)
+    with pytest.raises(InputError, match="geomloss is not installed") as caught:
+        moves.move(clouds["outside"], clouds["cloud"], "transport")
+    assert "\n" not in str(caught.value)

@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 
 from ..core.errors import InputError
+from ..encoder.alignment import harmony
+from ..geometry.neighbours import knn_between
 from .align import adapted
 from .scores import even_sample, knn_accuracy
 from .transport import transport_map
 
 # %% auto #0
-__all__ = ['APART', 'AUTO', 'separable', 'move']
+__all__ = ['APART', 'AUTO', 'separable', 'harmonised', 'move']
 
 # %% ../../nbs/alignment/12_moves.ipynb #b49688b0
 def separable(H: np.ndarray, cloud: np.ndarray, seed: int = 0) -> float:
@@ -24,15 +26,25 @@ def separable(H: np.ndarray, cloud: np.ndarray, seed: int = 0) -> float:
     labels = np.repeat([0, 1], [len(H), len(cloud)])[rows]
     return knn_accuracy(np.concatenate([H, cloud])[rows], labels)
 
+# %% ../../nbs/alignment/12_moves.ipynb #m0vehar2
+def harmonised(H: np.ndarray, cloud: np.ndarray, seed: int = 0, k: int = 15) -> np.ndarray:
+    """A query `H` `(n, d)` after Harmony with the reference `cloud` `(m, d)`; same dtype.
 
+    What Harmony did to the `k` reference rows around a row is taken back, so that the reference stays where it is."""
+    both = harmony(np.concatenate([cloud, H]), np.repeat(["reference", "query"], [len(cloud), len(H)]), seed=seed)
+    moved, query = both[: len(cloud)], both[len(cloud) :]
+    near = knn_between(query, moved, min(k, len(cloud)))[1]
+    return (query - (moved - cloud)[near].mean(1)).astype(H.dtype)
+
+# %% ../../nbs/alignment/12_moves.ipynb #m0vehar4
 APART = 0.75
 "How separable a query must be before `auto` moves it."
-AUTO: Literal["none", "adapter", "transport"] = "none"
+AUTO: Literal["none", "adapter", "harmony", "transport"] = "none"
 "What `auto` does with a query that is apart; the decision of the chapter (benchmark/20_alignment)."
 
 
 def move(H: np.ndarray, cloud: np.ndarray, how: str, *, seed: int = 0) -> tuple[np.ndarray, dict[str, float | str]]:
-    """Embeddings of a query `H` `(n, d)` moved into the `cloud` `(m, d)` of the reference, and what was done: `separable` before, and `align`, "none", "adapter" or "transport".
+    """Embeddings of a query `H` `(n, d)` moved into the `cloud` `(m, d)` of the reference, and what was done: `separable` before, and `align`, "none", "adapter", "harmony" or "transport".
 
     `how`: one of these, or "auto". The order of rows does not matter. A query of fewer than two rows stays."""
     if how == "none" or len(H) < 2:
@@ -44,7 +56,7 @@ def move(H: np.ndarray, cloud: np.ndarray, how: str, *, seed: int = 0) -> tuple[
         return H, {"align": "none", "separable": before}
     out = np.empty_like(H)
     try:
-        out[order] = (adapted if chosen == "adapter" else transport_map)(H[order], cloud, seed=seed)
+        out[order] = {"adapter": adapted, "harmony": harmonised, "transport": transport_map}[chosen](H[order], cloud, seed=seed)
     except ImportError as error:
         raise InputError("align", "package", f"{error.name} is not installed", "pip install 'gears_nb[lab]'") from error
     return out, {"align": chosen, "separable": before}

@@ -81,7 +81,7 @@ class EncoderConfig(NetworkConfig):
 
     kind: Literal["metric", "network"] = "metric"  # what makes H: the metric (closed form) or the network (trained)
     metric: MetricConfig = MetricConfig()
-    align: Literal["auto", "none", "adapter", "transport"] = "auto"  # how embeddings of a query are moved into the cloud of the reference (chapter alignment); auto: see `alignment.moves`
+    align: Literal["auto", "none", "adapter", "harmony", "transport"] = "auto"  # how embeddings of a query are moved into the cloud of the reference (chapter alignment); auto: see `alignment.moves`
     n_hvg: Size | None = by_profile(200, 1000, 1000)  # highly variable genes that the network reads; the metric reads all
     width: tuple[Size, ...] = by_profile((64,), (512, 256), (512, 256))
     dim: Size = by_profile(32, 128, 128)
