@@ -1079,36 +1079,36 @@ def test_breast_teaches_spots_and_hides_the_places_of_cells():
 
 
 @pytest.fixture(scope="module")
-def clouds():
+def sides():
     rng = np.random.default_rng(3)
     return {name: (rng.normal(size=(n, 4)) + shift).astype(np.float32) for name, n, shift in (("cloud", 300, 0.0), ("inside", 150, 0.0), ("outside", 150, 1.5))}
 
 
 @pytest.mark.parametrize("how", ["harmony", "transport"])
-def test_a_move_brings_a_query_nearer_and_follows_the_order_of_its_rows(how, clouds):
-    out, said = moves.move(clouds["outside"], clouds["cloud"], how, seed=1)
-    assert said == {"align": how, "separable": moves.separable(clouds["outside"][np.lexsort(clouds["outside"].T[::-1])], clouds["cloud"], 1)}
-    assert moves.separable(out, clouds["cloud"]) < said["separable"] - 0.15 and out.dtype == np.float32
+def test_a_move_brings_a_query_nearer_and_follows_the_order_of_its_rows(how, sides):
+    out, said = moves.move(sides["outside"], sides["cloud"], how, seed=1)
+    assert said == {"align": how, "separable": moves.separable(sides["outside"][np.lexsort(sides["outside"].T[::-1])], sides["cloud"], 1)}
+    assert moves.separable(out, sides["cloud"]) < said["separable"] - 0.15 and out.dtype == np.float32
     order = np.random.default_rng(0).permutation(150)
-    np.testing.assert_allclose(moves.move(clouds["outside"][order], clouds["cloud"], how, seed=1)[0], out[order], atol=1e-3)
+    np.testing.assert_allclose(moves.move(sides["outside"][order], sides["cloud"], how, seed=1)[0], out[order], atol=1e-3)
 
 
-def test_auto_moves_only_what_is_apart_and_only_as_decided(clouds, monkeypatch):
-    assert moves.AUTO == "none" and moves.move(clouds["outside"], clouds["cloud"], "auto")[0] is clouds["outside"]
+def test_auto_moves_only_what_is_apart_and_only_as_decided(sides, monkeypatch):
+    assert moves.AUTO == "none" and moves.move(sides["outside"], sides["cloud"], "auto")[0] is sides["outside"]
     monkeypatch.setattr(moves, "AUTO", "transport")
-    assert moves.move(clouds["inside"], clouds["cloud"], "auto")[0] is clouds["inside"]
-    assert moves.move(clouds["outside"], clouds["cloud"], "auto")[1]["align"] == "transport"
-    assert moves.move(clouds["outside"][:1], clouds["cloud"], "transport")[1] == {"align": "none"}
+    assert moves.move(sides["inside"], sides["cloud"], "auto")[0] is sides["inside"]
+    assert moves.move(sides["outside"], sides["cloud"], "auto")[1]["align"] == "transport"
+    assert moves.move(sides["outside"][:1], sides["cloud"], "transport")[1] == {"align": "none"}
 
 
-def test_what_harmony_does_to_the_reference_is_taken_back(clouds, monkeypatch):
+def test_what_harmony_does_to_the_reference_is_taken_back(sides, monkeypatch):
     shift = np.array([5.0, 0, 0, 0], np.float32)
     monkeypatch.setattr(moves, "harmony", lambda Z, labels, seed: Z + shift)
-    np.testing.assert_allclose(moves.harmonised(clouds["outside"], clouds["cloud"]), clouds["outside"], atol=1e-5)
+    np.testing.assert_allclose(moves.harmonised(sides["outside"], sides["cloud"]), sides["outside"], atol=1e-5)
 
 
-def test_a_package_that_is_missing_is_one_line(clouds, monkeypatch):
+def test_a_package_that_is_missing_is_one_line(sides, monkeypatch):
     monkeypatch.setitem(sys.modules, "geomloss", None)
     with pytest.raises(InputError, match="geomloss is not installed") as caught:
-        moves.move(clouds["outside"], clouds["cloud"], "transport")
+        moves.move(sides["outside"], sides["cloud"], "transport")
     assert "\n" not in str(caught.value)

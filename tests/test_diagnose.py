@@ -94,7 +94,7 @@ def test_advice_leaves_to_gears_what_gears_does(tissue):
     assert not [a for a in every if a.startswith(("Centre ", "Normalise ", "Subtract ", "Use "))]
     with speaking("shell"):
         cells = quick(tissue, cells=tissue.cells)
-    assert all("transport" not in f.advice or "--set encoder.align=transport" in f.advice for f in cells.findings)
+    assert all("encoder.align" not in f.advice or "`--set encoder.align=harmony`" in f.advice for f in cells.findings)
 
 
 def test_input_is_not_changed_and_findings_repeat(tissue):

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SETTINGS', 'FEW_GENES', 'LOST_SHARE', 'SHALLOW', 'DEPTH_RATIO', 'EMPTY_SHARE', 'QUESTIONS', 'ADVICE', 'CHECKS',
-           'TRAINS', 'Settings', 'Samples', 'prepare', 'check_genes', 'check_depth', 'check_accuracy',
+__all__ = ['SETTINGS', 'FEW_GENES', 'LOST_SHARE', 'SHALLOW', 'DEPTH_RATIO', 'EMPTY_SHARE', 'MOVES', 'QUESTIONS', 'ADVICE',
+           'CHECKS', 'TRAINS', 'Settings', 'Samples', 'prepare', 'check_genes', 'check_depth', 'check_accuracy',
            'check_centroids', 'check_mixing', 'hypothesis', 'sources_of', 'diagnose']
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #ecf0731c
@@ -162,6 +162,9 @@ def check_depth(samples: Samples) -> Finding:
                    charts=(Bars("median counts per spot or cell", tuple(numbers), tuple(r["median_counts"] for r in numbers.values()), "counts"),))
 
 # %% ../../nbs/encoder/24_diagnose.ipynb #46dc9fd3
+MOVES = " `{}` moves the cells into the cloud of the slides: the way that kept most on our scoreboard. On our validation sets maps did not become better by it, so compare with and without."
+
+
 def _skip(key: str, question: str, why: str, remedy: str) -> Finding:
     return Finding(key, question, "skipped", why, remedy)
 
@@ -183,7 +186,7 @@ def check_accuracy(samples: Samples) -> Finding:
     severity = "warning" if stubborn else "note" if separate else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred (chance {r['chance']:.2f})." for t, r in numbers.items())
     advice = (f"Centring, which Gears does itself, is not enough for: {', '.join(stubborn)}. Means agree and shapes do not." +
-              (f" Let the cells be moved into the cloud of the slides: `{option('encoder.align', 'transport')}`." if "spots or cells" in stubborn else "") +
+              (MOVES.format(option("encoder.align", "harmony")) if "spots or cells" in stubborn else "") +
               (" See H3 and H5, and leave out a slide that differs from all others." if "slides" in stubborn else "") if stubborn else
               "Nothing to do: Gears centres every source by its own gene means itself, and then its name is hardly to be told." if separate else "Nothing to do.")
     charts = tuple(Bars(f"accuracy: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", r["chance"], "chance") for t, r in numbers.items())
@@ -224,7 +227,7 @@ def check_mixing(samples: Samples) -> Finding:
     severity = "warning" if apart else "note" if min(r["raw"] for r in numbers.values()) < 0.5 else "ok"
     summary = " ".join(f"{t[0].upper()}{t[1:]}: {r['raw']:.2f} raw, {r['centred']:.2f} centred." for t, r in numbers.items())
     advice = (f"Even centred, {' and '.join(apart)} keep to themselves." + (
-              f" Expect this of single cells among spots, which are sums of cells; `{option('encoder.align', 'transport')}` moves them together." if "spots and cells" in apart else
+              " Expect this of single cells among spots, which are sums of cells." + MOVES.format(option("encoder.align", "harmony")) if "spots and cells" in apart else
               " The slides differ in more than gene means: see H3, H4 and H5.") if apart else
               "Nothing to do: Gears centres every source itself before it looks for neighbours across sources." if severity == "note" else "Nothing to do.")
     charts = tuple(Bars(f"mixing: {t}", ("raw", "centred"), (r["raw"], r["centred"]), "", 1.0, "one cloud") for t, r in numbers.items())

@@ -79,7 +79,7 @@ LINES: dict[str, Line] = {
     "logits": Line("Are its attention logits neither flat nor spiked (standard deviation)?", "Below 2 attention is nearly uniform: more weight of the gate. Above 10 it is nearly one-hot: less.", 2.0, 10.0,
                    change=(("structure.beta", 3.0), ("structure.beta", 1.0))),
     "slides": Line("Can a classifier name the slide from the embedding (accuracy)?", "Every slide is centred already, so means are not what tells: see H3 and H5 of `gears diagnose`, and leave out a slide that differs from all others.", high=0.5),
-    "domain": Line("Can a classifier tell cells from spots (accuracy)?", "Let the cells be moved into the cloud of the slides, and see what differs in `gears diagnose` with the cells.", high=0.55, change=(("encoder.align", "adapter"),)),
+    "domain": Line("Can a classifier tell cells from spots (accuracy)?", "Let the cells be moved into the cloud of the slides, and see what differs in `gears diagnose` with the cells.", high=0.55, change=(("encoder.align", "harmony"),)),
     "norms": Line("Are embeddings equally long in all sources (largest over smallest)?", "A source with longer vectors is deeper or more varied: compare depths with `gears diagnose`, and leave out a source that is far shallower than the others.", high=1.10, strict=True),
 }
 "The go/no-go table (Sources S3, section Scale-readiness checklist): name -> threshold."
