@@ -998,8 +998,8 @@ def test_align_gives_copies_with_embeddings_that_can_be_written(method, settings
     assert before[0] == content_digest(*sources.tables)
 
 
-def test_the_default_of_align_is_the_metric_with_transport(sources, fitted):
-    assert same([t.obsm["X_aligned"] for t in align(sources)], fitted("metric_transport").H)
+def test_the_default_of_align_is_the_winner_of_the_scoreboard(sources, fitted):
+    assert same([t.obsm["X_aligned"] for t in align(sources)], fitted("metric_harmony").H)
 
 
 # another machine, and the data sets -------------------------------------------------------------------------------------

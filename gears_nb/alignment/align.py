@@ -248,10 +248,10 @@ def _by_network(sources: Sources, config: AlignConfig, prep: Preprocessor, seed:
     return Alignment(config, prep, tuple(mapped(H, sources, config.map, seed)), encoder, method, history)
 
 # %% ../../nbs/alignment/09_align.ipynb #ff4113b7
-def align(sources: Sources, method: str = "metric_transport", *, seed: int = 0, **settings: Any) -> list[AnnData]:
+def align(sources: Sources, method: str = "metric_harmony", *, seed: int = 0, **settings: Any) -> list[AnnData]:
     """The tables of `sources` (copies, matched genes) with aligned embeddings in `obsm["X_aligned"]`, `obs["source"]`, `obs["kind"]`, and the settings in `uns["alignment"]`.
 
-    `method`: a name of `METHODS`; `settings`: fields of `AlignConfig` that differ. Raises `InputError` as `fit_alignment`."""
+    `method`: a name of `METHODS` (default: the scoreboard's winner); `settings`: fields of `AlignConfig` that differ. Raises `InputError` as `fit_alignment`."""
     config = method_config(method, **settings)
     out = []
     for table, name, kind, h in zip(sources.tables, sources.names, sources.kinds, fit_alignment(sources, config, seed=seed).H):
