@@ -134,7 +134,7 @@ def test_output_contract(placed, data):
 
 def test_the_story_of_a_run_is_json_text(placed):
     about = placed.uns["gears"]
-    assert set(about) == {"config", "model", "evidence", "fusion", "gene_matching", "graph", "stitching", "solve", "dropped", "warnings"}
+    assert set(about) == {"alignment", "config", "model", "evidence", "fusion", "gene_matching", "graph", "stitching", "solve", "dropped", "warnings"}
     read = {name: json.loads(text) for name, text in about.items()}
     assert read["config"]["profile"] == "smoke" and read["graph"]["cells"] == placed.n_obs
     assert read["solve"]["reason"] and isinstance(read["warnings"], list)
