@@ -366,7 +366,7 @@ def test_every_method_embeds_all_sources(name, sources, fitted):
     assert {"nce", "var", "inv"} <= paid and paid & set(TERMS) == ({config.term} if config.term else set())
     assert config.term in ("", "norm") or found.history.rows[0][config.term] != 0
     assert any(k.startswith("critic") for k in paid - {"critic"}) == (name in ("wasserstein", "feature_matching"))
-    assert found.encoder.body[0].in_features == {"genes_28": 28, "genes_88": 88, "genes_all": 240}.get(name, 120)
+    assert found.encoder.body[0].in_features == {"genes_28": 28, "genes_88": 88, "genes_all": 240, "coral_pairs_28": 28, "coral_pairs_all": 240}.get(name, 120)
 
 
 @pytest.mark.parametrize("name", [n for n in RUNNABLE if METHODS[n].get("base", "network") == "network" and METHODS[n] and "map" not in METHODS[n]])
@@ -907,9 +907,24 @@ def test_self_training_killed_in_its_second_training_comes_to_the_same_bits(sour
     fit = functools.partial(fit_alignment, sources, smoke("self_training", sources, epochs=2), seed=7)
     whole = fit()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_in_call(patch, presets, "encoder_loss", 13)
+        dies_in_call(patch, presets, "encoder_loss", 17)
         fit(checkpoint=tmp_path / "run")
-    assert same(fit(checkpoint=tmp_path / "run").H, whole.H)
+    resumed = fit(checkpoint=tmp_path / "run")
+    assert resumed.history.resumed_from == 1 and same(resumed.H, whole.H)
+
+
+def test_a_map_into_the_cloud_of_the_taught_wants_one(sources):
+    untaught = dataclasses.replace(sources, taught=(False,) * len(sources))
+    for how in ("adapter", "transport"):
+        with pytest.raises(InputError, match="none is taught"):
+            mapped([np.zeros((n, 2)) for n in sources.sizes], untaught, how)
+
+
+def test_shrinking_does_not_lower_the_transport_loss():
+    clouds = [torch.randn(20, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64).add(s).requires_grad_() for s in range(3)]
+    value = pairwise_sinkhorn(clouds)
+    along = sum((g * c).sum() for g, c in zip(torch.autograd.grad(value, clouds), clouds))
+    assert value > 0.1 and abs(along) < 1e-6
 
 
 def test_a_checkpoint_of_another_seed_or_length_is_refused(sources, tmp_path):

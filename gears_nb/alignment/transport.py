@@ -23,20 +23,20 @@ BLUR, SCALING = 0.2, 0.6
 
 
 def pairwise_sinkhorn(clouds: list[Tensor], blur: float = BLUR) -> Tensor:
-    """Mean Sinkhorn divergence over all pairs of `clouds`, over the mean squared spread of the clouds: no unit, 0 for equal clouds; differentiable.
+    """Mean Sinkhorn divergence over all pairs of `clouds`, over the mean squared spread of the clouds: no unit, 0 for equal clouds; differentiable, the spread too.
 
     `blur`: entropic scale in units of the median distance between rows. Clouds are cut to the size of the smallest, so that all pairs are one batch: O(S^2 n^2 d)."""
     from geomloss import SamplesLoss
 
     n = min(map(len, clouds))
     Z = torch.stack([c[:n] for c in clouds])
-    with torch.no_grad():
-        every = Z.reshape(-1, Z.shape[-1])
-        unit = float(torch.pdist(every[:: max(1, len(every) // 256)]).median()) or 1.0
-        spread = (Z - Z.mean(1, keepdim=True)).square().sum(-1).mean()
+    spread = (Z - Z.mean(1, keepdim=True)).square().sum(-1).mean()
+    Z = Z / spread.clamp(min=1e-12).sqrt()
+    every = Z.detach().reshape(-1, Z.shape[-1])
+    unit = float(torch.pdist(every[:: max(1, len(every) // 256)]).median()) or 1.0
     i, j = torch.triu_indices(len(Z), len(Z), 1)
     cost = SamplesLoss("sinkhorn", p=2, blur=blur * unit, scaling=SCALING, debias=True, backend="tensorized")
-    return cost(Z[i].contiguous(), Z[j].contiguous()).mean() / spread.clamp(min=1e-12)
+    return cost(Z[i].contiguous(), Z[j].contiguous()).mean()
 
 
 class Transport(Method):

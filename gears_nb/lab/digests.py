@@ -199,4 +199,6 @@ def reachable(function: Callable) -> str:
     reach = _Reach("" if bare.__module__.startswith("gears_nb.") else bare.__module__)
     reach.visit(function, "")
     modules = closure(reach.modules)
+    if not reach.here:
+        reach.seen["name"] = bare.__qualname__  # a module of the package holds several functions
     return content_digest({k: repr(v) for k, v in reach.seen.items()}, {n: d for n, d in modules.items() if not _silent(n)})
