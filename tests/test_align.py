@@ -1102,7 +1102,7 @@ def sides():
 @pytest.mark.parametrize("how", ["harmony", "transport"])
 def test_a_move_brings_a_query_nearer_and_follows_the_order_of_its_rows(how, sides):
     out, said = moves.move(sides["outside"], sides["cloud"], how, seed=1)
-    assert said == {"align": how, "separable": moves.separable(sides["outside"][np.lexsort(sides["outside"].T[::-1])], sides["cloud"], 1)}
+    assert said == {"asked": how, "align": how, "separable": moves.separable(sides["outside"][np.lexsort(sides["outside"].T[::-1])], sides["cloud"], 1)}
     assert moves.separable(out, sides["cloud"]) < said["separable"] - 0.15 and out.dtype == np.float32
     order = np.random.default_rng(0).permutation(150)
     np.testing.assert_allclose(moves.move(sides["outside"][order], sides["cloud"], how, seed=1)[0], out[order], atol=1e-3)
@@ -1113,7 +1113,7 @@ def test_auto_moves_only_what_is_apart_and_only_as_decided(sides, monkeypatch):
     monkeypatch.setattr(moves, "AUTO", "transport")
     assert moves.move(sides["inside"], sides["cloud"], "auto")[0] is sides["inside"]
     assert moves.move(sides["outside"], sides["cloud"], "auto")[1]["align"] == "transport"
-    assert moves.move(sides["outside"][:1], sides["cloud"], "transport")[1] == {"align": "none"}
+    assert moves.move(sides["outside"][:1], sides["cloud"], "transport")[1] == {"asked": "transport", "align": "none"}
 
 
 def test_what_harmony_does_to_the_reference_is_taken_back(sides, monkeypatch):
@@ -1127,3 +1127,57 @@ def test_a_package_that_is_missing_is_one_line(sides, monkeypatch):
     with pytest.raises(InputError, match="geomloss is not installed") as caught:
         moves.move(sides["outside"], sides["cloud"], "transport")
     assert "\n" not in str(caught.value)
+
+
+# what a stranger found
+
+
+def test_values_that_are_no_counts_are_refused_by_name(sources):
+    good = {n: t.copy() for n, t in zip(sources.names, sources.tables)}
+    for value, words in ((np.nan, "NaN"), (-3.0, "negative"), (0.5, "whole")):
+        bad = dict(good)
+        name = list(bad)[1]
+        table = bad[name].copy()
+        X = np.asarray(table.X.todense() if sp.issparse(table.X) else table.X, dtype=np.float32)
+        X[0, :] = value
+        X = np.log1p(X) if value == 0.5 else X
+        table.X = X
+        with pytest.raises(InputError, match=name):
+            gather(bad | {name: table})
+
+
+def test_rows_without_counts_in_the_shared_genes_are_left_out(sources):
+    tables = {n: t.copy() for n, t in zip(sources.names, sources.tables)}
+    last = list(tables)[-1]
+    own = tables[last]
+    X = own.X.toarray() if sp.issparse(own.X) else np.array(own.X)
+    X[:5, 1:], X[:5, 0] = 0, 3
+    own.X = X
+    for name in list(tables)[:-1]:
+        tables[name] = tables[name][:, 1:].copy()
+    with pytest.warns(GearsWarning, match=f"{last}: 5 of {own.n_obs} rows"):
+        assert gather(tables).sizes[-1] == own.n_obs - 5
+
+
+def test_names_settings_and_terms_that_cannot_be_meant(sources):
+    a, b = sources.tables[:2]
+    for call, words in ((lambda: gather({1: a, "1": b}), "two are called"), (lambda: gather([a, b]), "list"), (lambda: gather({"a": a, "b": b}, taught="a"), "is the text"),
+                        (lambda: gather({"a": a, "b": None}), "NoneType"), (lambda: align(sources, "none", term="moment"), "moment"), (lambda: align({"a": a}), "dict"),
+                        (lambda: align(sources, "metric", dim=7), "means nothing"), (lambda: align(sources, None), "there is no None"),
+                        (lambda: method_of(method_config("cycle", across="source"), sources), "across"), (lambda: moves.move(np.zeros((9, 2)), np.zeros((9, 2)), "foo"), "foo")):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+def test_methods_with_nothing_to_do_say_so(sources):
+    slides = gather({n: t for n, t, k in zip(sources.names, sources.tables, sources.kinds) if k == "ST"})
+    with pytest.raises(InputError, match="spots from cells"):
+        method_of(method_config("contrast_nearest"), slides)
+    with pytest.warns(GearsWarning, match="all sources are taught"):
+        fit_alignment(slides, smoke("transport_after", slides))
+
+
+def test_few_rows_cannot_be_told_apart():
+    rng = np.random.default_rng(0)
+    assert moves.separable(rng.normal(size=(8, 3)) + 9, rng.normal(size=(300, 3))) is None
+    assert moves.move(rng.normal(size=(8, 3)) + 9, rng.normal(size=(300, 3)), "auto")[1] == {"asked": "auto", "align": "none", "separable": None}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..core.config import at_profile, override
+from ..core.config import at_profile, expand_key, override
 from ..core.errors import GearsWarning, InputError
 from ..core.seeding import stream_seed
 from ..core.store import content_digest
@@ -87,7 +87,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "metric_harmony": {"base": "metric", "map": "harmony"},
     "metric_transport": {"base": "metric", "map": "transport"},
     "harmony": {"base": "components", "map": "harmony"},  # outside references
-    "scvi": {"base": "scvi"},
+    "scvi": {"base": "scvi", "n_hvg": 2000},
 }
 "Every method by what it changes in `AlignConfig`."
 
@@ -95,7 +95,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def method_config(name: str, **overrides: Any) -> AlignConfig:
     "The settings of a method with fields overridden; an unknown name or field is an `InputError`."
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, 1)
+        close = difflib.get_close_matches(str(name), METHODS, 1)
         raise InputError("alignment", "method", f"there is no {name!r}", f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}")
     return override(replace(AlignConfig(), **METHODS[name]), overrides)
 
@@ -103,7 +103,12 @@ def method_config(name: str, **overrides: Any) -> AlignConfig:
 def method_of(config: AlignConfig, sources: Sources) -> Method:
     "The method of `config`, with groups and sizes of `sources`. Raises `InputError` if it tells kinds apart and there is one kind."
     kinds = [int(k == "SC") for k in sources.kinds]
-    if config.term and config.across == "kind" and len(set(kinds)) < 2:
+    if config.term and config.term not in TERMS:
+        raise InputError("alignment", "term", f"is {config.term!r}", f"choose one of {', '.join(TERMS)}")
+    if config.term == "cycle" and config.across != "kind":
+        raise InputError("alignment", "across", "is source, and cycle translates between two clouds", "set across='kind'")
+    by_kind = config.across == "kind" or (config.term == "contrast" and config.pairs == "nearest")
+    if config.term and by_kind and len(set(kinds)) < 2:
         raise InputError("alignment", "sources", f"{config.term} tells spots from cells, and all sources are of kind {sources.kinds[0]}", "use a method across sources")
     module, _, name = TERMS.get(config.term, "method:Method").partition(":")
     group = torch.tensor(kinds if config.across == "kind" else range(len(sources)))
@@ -181,8 +186,8 @@ def mapped(H: Sequence[np.ndarray], sources: Sources, how: str, seed: int = 0) -
 SCVI_EPOCHS = 60
 
 
-def _scvi(sources: Sources, seed: int) -> list[np.ndarray]:
-    "Latent means of scVI with the source as batch, 60 epochs. Raises `InputError` if scvi-tools is not installed."
+def _scvi(sources: Sources, prep: Preprocessor, seed: int) -> list[np.ndarray]:
+    "Latent means of scVI on the variable genes with the source as batch, 60 epochs. Raises `InputError` if scvi-tools is not installed."
     try:
         import scvi
     except ImportError as error:
@@ -192,7 +197,7 @@ def _scvi(sources: Sources, seed: int) -> list[np.ndarray]:
     for name in ("lightning.pytorch", "scvi"):
         logging.getLogger(name).setLevel(logging.ERROR)
     scvi.settings.seed = seed
-    whole = ad.concat([t for t in sources.tables], keys=list(sources.names), label="source", index_unique="/")
+    whole = ad.concat([t[:, list(prep.genes)] for t in sources.tables], keys=list(sources.names), label="source", index_unique="/")
     scvi.model.SCVI.setup_anndata(whole, batch_key="source")
     model = scvi.model.SCVI(whole)
     model.train(max_epochs=SCVI_EPOCHS, accelerator="cpu", enable_progress_bar=False)
@@ -210,7 +215,7 @@ def _components(sources: Sources, prep: Preprocessor, dim: int, seed: int) -> li
 def _metric(sources: Sources, seed: int) -> list[np.ndarray]:
     "The shipped spatial metric, fitted on the taught sources."
     if not any(sources.taught):
-        raise InputError("alignment", "taught", "the metric learns from places, and no source is taught", "use a method with the network")
+        raise InputError("alignment", "taught", "the metric learns from places, and no source is taught", "use harmony, scvi, or a method that trains a network, such as centred_adversary")
     embedding = fit_embedding(sources.teachers, at_profile(EncoderConfig, "toy"), seed=seed)[0]
     return [embedding.embed(t) for t in sources.tables]
 
@@ -235,12 +240,14 @@ def fit_alignment(sources: Sources, config: AlignConfig, *, seed: int = 0, check
 
     `checkpoint`: path stem for the state of a network's training, resumed from. Warns about very unequal sources; raises `InputError` where the method cannot work on these sources."""
     _must_have_target(config.map, sources)
+    if (config.map in ("adapter", "transport") or config.pseudo) and all(sources.taught):
+        warnings.warn(f"alignment: all sources are taught, so {config.map or 'self-training'} has none to act on (gather(..., taught=[...]) names the teachers)", GearsWarning, stacklevel=2)
     if config.base == "network" and not config.balanced and max(sources.sizes) > UNEQUAL * min(sources.sizes):
         small = sources.names[int(np.argmin(sources.sizes))]
         warnings.warn(f"alignment: {small} has {min(sources.sizes)} rows beside {max(sources.sizes)}, a batch hardly shows it (balanced=True deals all the same)", GearsWarning, stacklevel=2)
     prep = Preprocessor.fit(sources.teachers, n_hvg=config.n_hvg, slide_key=None)
     if config.base != "network":
-        H = _metric(sources, seed) if config.base == "metric" else _scvi(sources, seed) if config.base == "scvi" else _components(sources, prep, config.dim, seed)
+        H = _metric(sources, seed) if config.base == "metric" else _scvi(sources, prep, seed) if config.base == "scvi" else _components(sources, prep, config.dim, seed)
         return Alignment(config, prep, tuple(mapped(H, sources, config.map, seed)))
     return _by_network(sources, config if any(sources.taught) else override(config, {"nce_weight": 0.0, "pseudo": 0.0}), prep, seed, checkpoint)
 
@@ -257,11 +264,22 @@ def _by_network(sources: Sources, config: AlignConfig, prep: Preprocessor, seed:
     return Alignment(config, prep, tuple(mapped(H, sources, config.map, seed)), encoder, method, history)
 
 # %% ../../nbs/alignment/09_align.ipynb #ff4113b7
+_READ = {"metric": {"base", "map"}, "components": {"base", "map", "dim", "n_hvg"}, "scvi": {"base", "map", "n_hvg"}}
+"Fields that matter to what embeds without this chapter's network."
+
+
 def align(sources: Sources, method: str = "metric_harmony", *, seed: int = 0, **settings: Any) -> list[AnnData]:
     """The tables of `sources` (copies, matched genes) with aligned embeddings in `obsm["X_aligned"]`, `obs["source"]`, `obs["kind"]`, and the settings in `uns["alignment"]`.
 
-    `method`: a name of `METHODS` (default: the scoreboard's winner); `settings`: fields of `AlignConfig` that differ. Raises `InputError` as `fit_alignment`."""
+    `method`: a name of `METHODS` (default: the scoreboard's winner; Harmony's answer depends a little on the order of rows and sources); `settings`: fields of `AlignConfig` that differ.
+    Columns `source` and `kind` of that name are replaced. Raises `InputError` as `fit_alignment`, and for settings that mean nothing to the method."""
+    if not isinstance(sources, Sources):
+        raise InputError("alignment", "sources", f"is a {type(sources).__name__}", "make them with gather(tables)")
     config = method_config(method, **settings)
+    for key in settings:
+        fields = {path.split(".")[0] for path in expand_key(key, AlignConfig)}
+        if config.base != "network" and not fields <= _READ[config.base]:
+            raise InputError("alignment", key, f"means nothing to {method}, which trains no network", f"leave it out (it reads {', '.join(sorted(_READ[config.base]))})")
     out = []
     for table, name, kind, h in zip(sources.tables, sources.names, sources.kinds, fit_alignment(sources, config, seed=seed).H):
         table = table.copy()

@@ -17,11 +17,17 @@ from .scores import even_sample, knn_accuracy
 from .transport import transport_map
 
 # %% auto #0
-__all__ = ['APART', 'AUTO', 'separable', 'harmonised', 'move']
+__all__ = ['TELLING', 'APART', 'AUTO', 'MOVES', 'separable', 'harmonised', 'move']
 
 # %% ../../nbs/alignment/12_moves.ipynb #b49688b0
-def separable(H: np.ndarray, cloud: np.ndarray, seed: int = 0) -> float:
-    "Balanced accuracy of telling rows of a query `H` `(n, d)` from those of the reference `cloud` `(m, d)` by their nearest neighbours; .5 is chance."
+TELLING = 30
+"Fewest rows that can be told apart by 15 neighbours."
+
+
+def separable(H: np.ndarray, cloud: np.ndarray, seed: int = 0) -> float | None:
+    "Balanced accuracy of telling rows of a query `H` `(n, d)` from those of the reference `cloud` `(m, d)` by their nearest neighbours; .5 is chance. None for fewer than `TELLING` rows."
+    if min(len(H), len(cloud)) < TELLING:
+        return None
     rows = even_sample((len(H), len(cloud)), seed=seed)
     labels = np.repeat([0, 1], [len(H), len(cloud)])[rows]
     return knn_accuracy(np.concatenate([H, cloud])[rows], labels)
@@ -43,20 +49,27 @@ AUTO: Literal["none", "adapter", "harmony", "transport"] = "none"
 "What `auto` does with a query that is apart; the decision of the chapter (benchmark/20_alignment)."
 
 
-def move(H: np.ndarray, cloud: np.ndarray, how: str, *, seed: int = 0) -> tuple[np.ndarray, dict[str, float | str]]:
-    """Embeddings of a query `H` `(n, d)` moved into the `cloud` `(m, d)` of the reference, and what was done: `separable` before, and `align`, "none", "adapter", "harmony" or "transport".
+MOVES = {"adapter": adapted, "harmony": harmonised, "transport": transport_map}
 
-    `how`: one of these, or "auto". The order of rows does not matter. A query of fewer than two rows stays."""
+
+def move(H: np.ndarray, cloud: np.ndarray, how: str, *, seed: int = 0) -> tuple[np.ndarray, dict[str, float | str | None]]:
+    """Embeddings of a query `H` `(n, d)` moved into the `cloud` `(m, d)` of the reference, and what was done: `asked` is `how`, `align` what came of it, `separable` as it was before.
+
+    `how`: "none", one of `MOVES`, or "auto". Rows in another order give the same, up to rounding (which the adapter's training may amplify). A query of fewer than two rows stays.
+    Raises `InputError` for an unknown move or a package that is missing."""
+    if how not in ("none", "auto", *MOVES):
+        raise InputError("align", "how", f"is {how!r}", f"choose one of none, auto, {', '.join(MOVES)}")
     if how == "none" or len(H) < 2:
-        return H, {"align": "none"}
+        return H, {"asked": how, "align": "none"}
     order = np.lexsort(H.T[::-1])  # rows by content
     before = separable(H[order], cloud, seed)
-    chosen = how if how != "auto" else AUTO if before > APART else "none"
+    chosen = how if how != "auto" else AUTO if before is not None and before > APART else "none"
+    said: dict[str, float | str | None] = {"asked": how, "align": chosen, "separable": before}
     if chosen == "none":
-        return H, {"align": "none", "separable": before}
+        return H, said
     out = np.empty_like(H)
     try:
-        out[order] = {"adapter": adapted, "harmony": harmonised, "transport": transport_map}[chosen](H[order], cloud, seed=seed)
+        out[order] = MOVES[chosen](H[order], cloud, seed=seed)
     except ImportError as error:
         raise InputError("align", "package", f"{error.name} is not installed", "pip install 'gears_nb[lab]'") from error
-    return out, {"align": chosen, "separable": before}
+    return out, said

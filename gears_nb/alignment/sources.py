@@ -16,7 +16,9 @@ import scipy.sparse as sp
 from ..core.errors import GearsWarning, InputError
 from ..core.seeding import np_rng
 from ..data.genes import match_genes
+from ..data.io import in_memory
 from ..data.preprocess import row_totals
+from ..data.validate import check_counts, check_values, coordinates
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,25 +64,23 @@ class Sources:
         return [t for t, own in zip(self.tables, self.taught) if own] or list(self.tables)
 
 # %% ../../nbs/alignment/01_sources.ipynb #1d904a85
-def gather(tables: Mapping[str, AnnData], *, kinds: Mapping[str, str] | None = None, taught: Sequence[str] | None = None, min_genes: int = 20) -> Sources:
+def gather(tables: Mapping[str, AnnData], *, kinds: Mapping[str, str] | None = None, taught: Sequence[str] | None = None, min_genes: int = 20,
+           plane: str | None = None) -> Sources:
     """`Sources` of named `tables` of counts. A table with `obsm["spatial"]` is of kind "ST" and taught, any other is of kind "SC"; `kinds` and `taught` say otherwise.
 
-    Places in `obsm["spatial_true"]` are scored and never taught. Patients and cell types are read from `obs["patient"]` and `obs["cell_type"]`. Warns if no place may be taught;
-    raises `InputError` for one source, fewer than `FEWEST_ROWS` rows with counts, names that are not there, or fewer than `min_genes` shared genes."""
-    names = tuple(map(str, tables))
-    if len(names) < 2:
-        raise InputError("alignment", "sources", f"there {'is one source' if names else 'are no sources'}", "give at least two; one source has nothing to be aligned with")
-    for what, given in (("kinds", kinds), ("taught", taught)):
-        if strange := [name for name in given or () if name not in names]:
-            raise InputError("alignment", what, f"names {strange[0]!r}, which is no source", f"use {', '.join(names)}")
-    filled = [_filled(t, n) for n, t in zip(names, tables.values())]
-    match = match_genes(filled, names, min_genes)
-    matched = [match.apply(t, n) for t, n in zip(filled, names)]
+    Places in `obsm["spatial_true"]` are scored and never taught; `plane`: two of three columns of places ("xz"). Patients and cell types are read from `obs["patient"]` and `obs["cell_type"]`.
+    Rows without counts in the shared genes are left out. Warns about them, and if no place may be taught. Raises `InputError` for one source, values that are no counts, fewer than `FEWEST_ROWS`
+    rows with counts, names that are not there or twice, places that are not finite, or fewer than `min_genes` shared genes."""
+    names = _names(tables, kinds, taught)
+    counted = [_counted(t, n) for n, t in zip(names, tables.values())]
+    match = match_genes(counted, names, min_genes)
+    matched = [_filled(match.apply(t, n), n) for t, n in zip(counted, names)]
     located = {n: "spatial" in t.obsm for n, t in zip(names, matched)}
-    kind = {n: (kinds or {}).get(n, "ST" if located[n] else "SC") for n in names}
-    may = {n: located[n] if taught is None else n in taught for n in names}
+    kind = {n: {str(k): v for k, v in (kinds or {}).items()}.get(n, "ST" if located[n] else "SC") for n in names}
+    may = {n: located[n] if taught is None else n in set(map(str, taught)) for n in names}
     _check(kind, may, located)
-    return Sources(names, tuple(kind.values()), tuple(_of(t, "patient", "") for t in matched), tuple(matched), tuple(may.values()), tuple(map(_places, matched)),
+    places = tuple(_places(t, n, plane) for t, n in zip(matched, names))
+    return Sources(names, tuple(kind.values()), tuple(_of(t, "patient", "") for t in matched), tuple(matched), tuple(may.values()), places,
                    tuple(t.obs["cell_type"].astype(str).to_numpy() if "cell_type" in t.obs else None for t in matched))
 
 # %% ../../nbs/alignment/01_sources.ipynb #db13c19d
@@ -99,20 +99,50 @@ def _of(table: AnnData, column: str, default: str) -> str:
     return str(table.obs[column].iloc[0]) if column in table.obs else default
 
 
-def _places(table: AnnData) -> np.ndarray | None:
-    "Coordinates `(n, 2)`, told or only true; None where nobody knows."
-    for key in ("spatial", "spatial_true"):
-        if key in table.obsm:
-            return np.asarray(table.obsm[key], dtype=np.float64)[:, :2]
-    return None
+def _places(table: AnnData, name: str, plane: str | None) -> np.ndarray | None:
+    "Coordinates `(n, 2)`, told or only true; None where nobody knows. Raises `InputError` for told ones that are not finite."
+    if "spatial" in table.obsm:
+        return coordinates(table, name, plane=plane)
+    return np.asarray(table.obsm["spatial_true"], dtype=np.float64)[:, :2] if "spatial_true" in table.obsm else None
 
 
-def _filled(table: AnnData, name: str) -> AnnData:
-    "Rows with counts. Raises `InputError` if too few are left."
+def _names(tables: Mapping[str, AnnData], kinds: Mapping[str, str] | None, taught: Sequence[str] | None) -> tuple[str, ...]:
+    "Names of the sources. Raises `InputError` for fewer than two, equal ones, and for others in `kinds` or `taught`."
+    if not isinstance(tables, Mapping) or len(tables) < 2:
+        problem = f"there {'is one source' if tables else 'are no sources'}" if isinstance(tables, Mapping) else f"are a {type(tables).__name__}"
+        raise InputError("alignment", "sources", problem, "give at least two tables by name: {'slide': ..., 'cells': ...}; one source has nothing to be aligned with")
+    names = tuple(map(str, tables))
+    if len(set(names)) < len(names):
+        raise InputError("alignment", "sources", f"two are called {max(names, key=names.count)!r}", "give every source a name of its own")
+    for what, given in (("kinds", kinds), ("taught", taught)):
+        if isinstance(given, str):
+            raise InputError("alignment", what, f"is the text {given!r}", f"give a list: [{given!r}]")
+        if strange := [name for name in given or () if str(name) not in names]:
+            raise InputError("alignment", what, f"names {strange[0]!r}, which is no source", f"use {', '.join(names)}")
+    return names
+
+
+def _counted(table: AnnData, name: str) -> AnnData:
+    "`table` in memory. Raises `InputError` for anything but a table of counts with enough rows that have some."
+    if not hasattr(table, "obs_names") or table.X is None:
+        raise InputError(name, "table", f"is a {type(table).__name__} without counts", "give an AnnData table with counts in X")
+    table = in_memory(table)
+    check_values(table, name)
+    check_counts(table, name)
+    _filled(table, name, warn=False)
+    return table
+
+
+def _filled(table: AnnData, name: str, warn: bool = True) -> AnnData:
+    "Rows with counts; warns about the others. Raises `InputError` if too few are left."
     there = row_totals(table.X) > 0
     if there.sum() < FEWEST_ROWS:
         raise InputError(name, "n_obs", f"{int(there.sum())} rows have counts, at least {FEWEST_ROWS} are needed", "leave this source out; it has no mean and no covariance worth the name")
-    return table if there.all() else table[there].copy()
+    if there.all():
+        return table
+    if warn:
+        warnings.warn(f"{name}: {int((~there).sum())} of {len(there)} rows have no counts in the shared genes and were left out", GearsWarning, stacklevel=4)
+    return table[there].copy()
 
 # %% ../../nbs/alignment/01_sources.ipynb #adacd64f
 def another_machine(table: AnnData, machine: str, strength: float, *, depth: float = 1.0, seed: int = 0) -> AnnData:

@@ -32,6 +32,8 @@ def pairwise_sinkhorn(clouds: list[Tensor], blur: float = BLUR) -> Tensor:
     Z = torch.stack([c[:n] for c in clouds])
     spread = (Z - Z.mean(1, keepdim=True)).square().sum(-1).mean()
     Z = Z / spread.clamp(min=1e-12).sqrt()
+    if not spread.item():
+        return 0.0 * Z.sum()  # rows that are all alike have no scale
     every = Z.detach().reshape(-1, Z.shape[-1])
     unit = float(torch.pdist(every[:: max(1, len(every) // 256)]).median()) or 1.0
     i, j = torch.triu_indices(len(Z), len(Z), 1)
@@ -47,17 +49,18 @@ class Transport(Method):
         return pairwise_sinkhorn(clouds) if len(clouds) > 1 else z.new_zeros(())
 
 # %% ../../nbs/alignment/05_transport.ipynb #3ae22c90
-def transport_map(Z: np.ndarray, target: np.ndarray, *, blur: float = 0.05, reach: float = 0.7, most: int = 2000, seed: int = 0) -> np.ndarray:
+def transport_map(Z: np.ndarray, target: np.ndarray, *, blur: float = 0.05, reach: float = 0.7, most: int = 2000, scaling: float = 0.8, seed: int = 0) -> np.ndarray:
     """`Z` `(n, d)` carried into the cloud `target` `(m, d)`: each row to the mean of the rows it is sent to by an entropic plan with relaxed marginals; same dtype.
 
-    `blur`: entropic scale, and `reach`: distance beyond which a row of the target is rather left without a partner, in units of the median distance within the target.
+    `blur`: entropic scale, and `reach`: how far rows are still carried, in units of the median distance within the target; a row at distance d of its partner keeps exp(-d^2 / 4 reach^2) of its mass.
+    `scaling`: ratio of successive blurs of the annealing; at .8 the plan stops short of the converged one, which .999 reaches at a hundred times the cost.
     A plan is made of at most `most` rows of either cloud, larger ones are cut into blocks of random rows: memory O(most^2), time O(n most). Source: Sejourne et al. 2019, by geomloss."""
     from geomloss import SamplesLoss
 
     rng = np_rng(seed, "alignment", "transport")
     Y = torch.as_tensor(np.asarray(target, np.float64)[rng.permutation(len(target))[:most]])
     unit = float(torch.pdist(Y[:500]).median()) or 1.0
-    plan = SamplesLoss("sinkhorn", p=2, blur=blur * unit, reach=reach * unit, debias=False, potentials=True, scaling=0.8, backend="tensorized")
+    plan = SamplesLoss("sinkhorn", p=2, blur=blur * unit, reach=reach * unit, debias=False, potentials=True, scaling=scaling, backend="tensorized")
     out = np.empty(Z.shape)
     for rows in np.array_split(rng.permutation(len(Z)), -(-len(Z) // most)):
         X = torch.as_tensor(np.asarray(Z[rows], np.float64))

@@ -390,7 +390,7 @@ class Gears(_Learned):
         return _fit(self, slides, cells, slide_key, plane, workdir)
 
     def embed(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
-        "A copy of `adata` with `obsm['H_gears']` `(n, d)`; cells without evidence are NaN. Raises `InputError` as `reconstruct` does."
+        "A copy of `adata` with `obsm['H_gears']` `(n, d)`, moved as `encoder.align` says; cells without evidence are NaN. Raises `InputError` as `reconstruct` does."
         return _embed_table(self, adata, slide_key)
 
     def reconstruct(self, adata: AnnData, *, slide_key: str | None = None) -> AnnData:
@@ -494,7 +494,8 @@ def _beside(gears: Gears, table: AnnData, H: np.ndarray) -> tuple[Fusion | None,
     if not gears.config.solve.fusion:
         return None, float("nan")
     with working(f"looking {len(H)} cells up in the reference", gears.config.structure.train.progress):
-        return fitted.rehearsal.fusion(H, fitted.atlas.components(fitted.embedding.preprocessor, table), fitted.atlas)
+        found = None if gears.config.encoder.align == "none" else fitted.embedding.embed(table)  # not moved
+        return fitted.rehearsal.fusion(H, fitted.atlas.components(fitted.embedding.preprocessor, table), fitted.atlas, found)
 
 
 def _maps(gears: Gears, query: Query, H: np.ndarray, labels: np.ndarray) -> dict[str, tuple[np.ndarray, Reconstruction]]:
@@ -596,7 +597,8 @@ def read_fitted(folder: str | Path, config: GearsConfig) -> Fitted:
     try:
         embedding = embedding_from(under("embedding"), about["embedding"], config.encoder)
         run, model = Run(config.structure, config.targets), model_class(config.structure.model.name)
-        models = [model.build(parts["cloud"].shape[1], run) for _ in range(about["models"])]
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn and thrown away
+            models = [model.build(parts["cloud"].shape[1], run) for _ in range(about["models"])]
         for i, m in enumerate(models):
             m.load_state_dict(under(f"model{i}"))
             m.eval()

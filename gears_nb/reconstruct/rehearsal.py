@@ -209,9 +209,11 @@ class Rehearsal:
         "Weights (10,) for a query at `shift`."
         return self._at(shift, self.weights)
 
-    def fusion(self, H: np.ndarray, F: np.ndarray, atlas: Atlas) -> tuple[Fusion, float]:
-        "The evidence about cells with embeddings `H` (n, d) and plain components `F` (n, q), ONE source, and their shift."
-        shift = reach(H, atlas.H) / max(own_reach(atlas.H), 1e-12)
+    def fusion(self, H: np.ndarray, F: np.ndarray, atlas: Atlas, found: np.ndarray | None = None) -> tuple[Fusion, float]:
+        """The evidence about cells with embeddings `H` (n, d) and plain components `F` (n, q), ONE source, and their shift.
+
+        `found`: the embeddings before somebody moved them; how far a query is off is read from these, or a move would buy confidence."""
+        shift = reach(H if found is None else found, atlas.H) / max(own_reach(atlas.H), 1e-12)
         skills = Skills(self._at(shift, self.skill), self._at(shift, self.alike))
         usual = CONTRADICTED * float(self._at(shift, self.contradiction))
         return Fusion(look_up(H, F, atlas), self.weights_at(shift), np.array(self.error), skills, usual), shift

@@ -263,6 +263,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
                                min_genes=args.min_genes, model_dir=args.model_dir, genes=args.genes, overrides=_overrides(args),
                                progress=not args.quiet, samples=args.samples, **_tables(args))
     print(f"{placed.placed} of {placed.cells} cells placed: {args.out}" + (f", report: {args.report}" if args.report else ""))
+    if placed.moves:
+        print(f"embeddings moved into the reference: {', '.join(placed.moves)} (encoder.align)")
     for reason, count in placed.reasons.items():
         print(f"{count} without a place: {reason}")
     return 0

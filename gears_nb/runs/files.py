@@ -210,12 +210,13 @@ def save_model(model: Gears, folder: str | Path) -> None:
 # %% ../../nbs/runs/08_files.ipynb #e172add8
 @dataclass(frozen=True)
 class Placed:
-    """What `reconstruct_files` did: number of cells, how many of them have a position, why others have none, the files written."""
+    """What `reconstruct_files` did: number of cells, how many of them have a position, why others have none, the files written, and the moves of their embeddings (`encoder.align`), if any."""
     cells: int
     placed: int
     out: Path
     report: Path | None
     reasons: Mapping[str, int]
+    moves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,11 @@ def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str 
                 _write_all(result, out, page, report, model, model_dir)
     X, why = result.obsm["X_gears"], result.obs["gears_note"]
     reasons = {str(k): int(v) for k, v in why[why != ""].value_counts().items()}
-    return Placed(result.n_obs, int(np.isfinite(X).all(1).sum()), Path(out), Path(report) if report else None, reasons)
+    import json
+
+    done = json.loads(result.uns["gears"]["alignment"])
+    moves = {part["align"] for part in (done, *done.values()) if isinstance(part, dict) and "align" in part} - {"none"}
+    return Placed(result.n_obs, int(np.isfinite(X).all(1).sum()), Path(out), Path(report) if report else None, reasons, tuple(sorted(moves)))
 
 # %% ../../nbs/runs/08_files.ipynb #43cf4d4d
 def _model_or_config(slides: Sequence[str | Path], model_dir: str | Path | None, profile: str | None, seed: int | None, min_genes: int | None,
