@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SATURN_FORMAT', 'network', 'dealt', 'embedded', 'fit_stages', 'Saturn', 'weights', 'integrate', 'transfer_labels',
-           'save', 'load']
+__all__ = ['SATURN_FORMAT', 'network', 'dealt', 'embedded', 'first_stage', 'second_stage', 'Saturn', 'weights', 'integrate',
+           'transfer_labels', 'save', 'load']
 
 # %% ../../nbs/saturn/07_saturn.ipynb #4d352292
 def network(species: Sequence[Species], config: SaturnConfig, seed: int = 0) -> Pretrainer:
@@ -56,7 +56,7 @@ def dealt(species: Sequence[Species], config: PretrainConfig) -> Cells:
     start = np.cumsum([0, *(len(s.batches) for s in species)])
     return Cells([s.counts for s in species], [s.batch + first for s, first in zip(species, start)], [s.labels for s in species], config)
 
-# %% ../../nbs/saturn/07_saturn.ipynb #371a991f
+# %% ../../nbs/saturn/07_saturn.ipynb #329022d5
 @torch.no_grad()
 def embedded(net: Pretrainer, cells: Cells, species: int, block: int = 512) -> tuple[np.ndarray, np.ndarray]:
     "Macrogene values `(n, M)` and embeddings `(n, d)` of all cells of a species."
@@ -69,23 +69,35 @@ def embedded(net: Pretrainer, cells: Cells, species: int, block: int = 512) -> t
     return np.concatenate(values), np.concatenate(out)
 
 
-def fit_stages(species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, dict[str, History]]:
-    "Train on prepared `species`: the network, and the history of each stage. `checkpoint`: path stem, resumed from."
-    net, cells = network(species, config, seed), dealt(species, config.pretrain)
-    tag = content_digest(*(p for s in species for p in (s.counts, s.vectors, list(s.genes), s.batch, [] if s.labels is None else list(s.labels))), config)
-    where = lambda stage: {"tag": tag} if checkpoint is None else {"tag": tag, "checkpoint": checkpoint.with_name(f"{checkpoint.name}-{stage}")}
-    history, proteins = {}, standardised([s.vectors for s in species])
-    if config.pretrain.train.epochs:
-        history["pretraining"] = pretrain(net, cells, proteins, seed=seed, **where("pretraining"))
-    if config.triplets.train.epochs:
-        from gears_nb.saturn.triplets import clustered, learn_metric
+def _kept(species: Sequence[Species], config: SaturnConfig, checkpoint: Path | None, stage: str) -> dict[str, Any]:
+    "Where a stage keeps its state, and the digest of what it depends on."
+    if checkpoint is None:
+        return {}
+    content = [p for s in species for p in (s.counts, s.vectors, list(s.genes), s.batch, [] if s.labels is None else list(s.labels))]
+    return {"tag": content_digest(*content, config), "checkpoint": checkpoint.with_name(f"{checkpoint.name}-{stage}")}
 
-        named = [clustered(embedded(net, cells, i)[1], config.triplets.clusters, seed) if s.labels is None else s.labels for i, s in enumerate(species)]
-        cells = Cells(cells.counts, [b.numpy() for b in cells.batch], named, config.pretrain)
-        net, history["triplets"] = learn_metric(net, cells, proteins, config.triplets, seed=seed, **where("triplets"))
-    return net.eval(), history
 
-# %% ../../nbs/saturn/07_saturn.ipynb #e1f57844
+def first_stage(species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, History | None]:
+    "Pretraining: the network of `species` and its history (None without epochs). `checkpoint`: path stem, resumed from. Labels are used only if `pretrain.balanced`."
+    with working("saturn: macrogenes", enabled=config.pretrain.train.progress):
+        net = network(species, config, seed)
+    if not config.pretrain.train.epochs:
+        return net.eval(), None
+    return net, pretrain(net, dealt(species, config.pretrain), standardised([s.vectors for s in species]), seed=seed, **_kept(species, config, checkpoint, "pretraining"))
+
+
+def second_stage(net: Pretrainer, species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, History | None]:
+    "Triplets: a trained copy of `net`, and its history (None without epochs). A species without labels gets clusters of its embedding."
+    if not config.triplets.train.epochs:
+        return net, None
+    from gears_nb.saturn.triplets import clustered, learn_metric
+
+    cells = dealt(species, config.pretrain)
+    named = [clustered(embedded(net, cells, i)[1], config.triplets.clusters, seed) if s.labels is None else s.labels for i, s in enumerate(species)]
+    cells = Cells(cells.counts, [b.numpy() for b in cells.batch], named, config.pretrain)
+    return learn_metric(net, cells, standardised([s.vectors for s in species]), config.triplets, seed=seed, **_kept(species, config, checkpoint, "triplets"))
+
+# %% ../../nbs/saturn/07_saturn.ipynb #6c338ffc
 SATURN_FORMAT = 1
 
 
@@ -105,10 +117,10 @@ class Saturn:
         Raises `InputError` as `gather_species`, and if pytorch-metric-learning is not installed."""
         _must_have_library(self.config)
         species = gather_species(tables, embeddings, n_hvg=self.config.n_hvg, label_key=label_key, batch_key=batch_key, layer=layer)
-        with working("saturn: macrogenes", enabled=self.config.pretrain.train.progress):
-            network(species, self.config, self.seed)  # finds and keeps the centroids
-        self._net, history = fit_stages(species, self.config, seed=self.seed, checkpoint=None if checkpoint is None else Path(checkpoint))
-        self.history = {stage: found.rows for stage, found in history.items()}
+        stem = None if checkpoint is None else Path(checkpoint)
+        net, first = first_stage(species, self.config, seed=self.seed, checkpoint=stem)
+        self._net, second = second_stage(net, species, self.config, seed=self.seed, checkpoint=stem)
+        self.history = {stage: found.rows for stage, found in (("pretraining", first), ("triplets", second)) if found is not None}
         self._species = tuple(replace(s, counts=sp.csr_matrix((0, s.g), dtype=np.float32), cells=s.cells[:0], labels=None, batch=s.batch[:0]) for s in species)
         self._keys = {"label_key": label_key, "batch_key": batch_key, "layer": layer}
         return self
