@@ -23,7 +23,7 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["gears_nb", "gears_nb.*"]),
-    package_data={"gears_nb.attention": ["*.js", "*.css"], "gears_nb.benchmark": ["peers.ini"], "gears_nb.models": ["models.ini"]},
+    package_data={"gears_nb.attention": ["*.js", "*.css"], "gears_nb.benchmark": ["peers.ini"], "gears_nb.models": ["models.ini"], "gears_nb.saturn": ["*.gmt"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
