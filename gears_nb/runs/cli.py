@@ -49,6 +49,7 @@ _EXAMPLES = """examples
   gears benchmark --slides A.h5ad B.h5ad --cells Q.h5ad --out table.csv   which method places Q, whose places are known, best?
   gears peers install tangram                             a published tool, to stand in that table
   gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
+  gears saturn --species human=H.h5ad mouse=M.h5ad --embeddings human=H.npz mouse=M.npz --out both.h5ad   one space for two species
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -150,6 +151,24 @@ def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
     _table_arguments(add)
 
 
+def _saturn_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears saturn` takes."""
+    add = parser.add_argument
+    add("--species", nargs="+", required=True, metavar="NAME=FILE", help="a table of raw counts per species (.h5ad, or what `read` takes)")
+    add("--embeddings", nargs="+", required=True, metavar="NAME=FILE", help="protein vectors of each species' genes (.npz, .h5, .pt, .parquet, .csv); one file may hold several species")
+    add("--out", required=True, metavar="OUT.h5ad", help="all cells in one table: obsm['X_saturn'], macrogenes in X, weights of genes in varm")
+    add("--transfer", nargs=2, default=(), metavar=("FROM", "TO"), help="also carry cell types: obs['from_FROM'] and obs['doubt'] of the cells of TO")
+    add("--label-key", default="cell_type", metavar="COLUMN", help="obs column of cell types, which need not agree between species (default cell_type)")
+    add("--batch-key", metavar="COLUMN", help="obs column of batches")
+    add("--layer", metavar="NAME", help="where the counts are (default X)")
+    add("--field", metavar="NAME", help="array of the embedding files (default: the widest)")
+    add("--model", metavar="DIR", help="also save the trained model there")
+    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default), paper (8000 genes, 2000 macrogenes, 200 epochs)")
+    add("--seed", type=int, default=0, help="same seed, same data: same table (default 0)")
+    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as macrogenes=500 or triplets.mining=hard")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
 def _explore_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears explore` takes."""
     add = parser.add_argument
@@ -217,6 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
     _benchmark_arguments(add("benchmark", "which method places cells of this tissue best? ours, plain ones, published tools; true positions are hidden",
                              "example\n  gears benchmark --slides st1.h5ad st2.h5ad --cells st3.h5ad --methods gears,knn5,smoothed_knn20,tangram --out table.csv"))
     _peers_arguments(add("peers", "published tools for `gears benchmark`, each in an environment of its own", "examples\n  gears peers list\n  gears peers install moscot"))
+    _saturn_arguments(add("saturn", "one space for cells of several species, by the proteins of their genes",
+                          "example\n  gears saturn --species human=h.h5ad mouse=m.h5ad --embeddings human=p.npz mouse=p.npz --transfer human mouse --out both.h5ad"))
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
@@ -413,6 +434,15 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if show(examine()) else 0
 
 # %% ../../nbs/runs/05_cli.ipynb #81fdd88d
+def _saturn(args: argparse.Namespace) -> int:
+    from gears_nb.runs.species import integrate_files, named_files
+    done = integrate_files(named_files(args.species, "--species"), named_files(args.embeddings, "--embeddings"), args.out, label_key=args.label_key, batch_key=args.batch_key, layer=args.layer,
+                           field=args.field, transfer=args.transfer, model=args.model, profile=args.profile, seed=args.seed, overrides=args.overrides, progress=not args.quiet)
+    print("\n".join(done.genes))
+    print(f"{', '.join(f'{count} {name}' for name, count in done.cells.items())} cells by {done.macrogenes} macrogenes: {done.out}" + (f", model: {args.model}" if args.model else ""))
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
     from gears_nb.lab.runner import parse_assignments, run
     if args.name == "all":
@@ -440,7 +470,7 @@ def _run_all(profile: str | None) -> int:
 
 
 _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness,
-             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "list": _list,
+             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
