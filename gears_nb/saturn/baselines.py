@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 __all__ = ['PLAIN', 'VARIABLE', 'shared_columns', 'log_scaled', 'own_scale', 'components', 'untrained_values',
            'orthologue_tables', 'plain_embedding']
 
-# %% ../../nbs/saturn/09_baselines.ipynb #1ca5f027
+# %% ../../nbs/saturn/09_baselines.ipynb #f6e168fa
 def shared_columns(species: Sequence[Species], orthologues: pd.DataFrame) -> list[np.ndarray]:
     "For every species the columns `(m,)` of genes that are one-to-one orthologues in all; `orthologues`: a column of gene names per species. Raises `InputError` for fewer than two."
     if lost := [s.name for s in species if s.name not in orthologues]:
         raise InputError("saturn", "orthologues", f"has no column for {', '.join(lost)} (columns: {', '.join(map(str, orthologues.columns))})", "name the columns by species")
-    names = orthologues[[s.name for s in species]].astype(str)
+    names = orthologues[[s.name for s in species]].astype(str).drop_duplicates()
     once = ~np.any([names[c].duplicated(keep=False) for c in names], axis=0)
     place = [{g: i for i, g in enumerate(s.genes)} for s in species]
     rows = [r for r in names[once].to_numpy() if all(g in p for g, p in zip(r, place))]
@@ -46,8 +46,8 @@ def log_scaled(species: Species, target: float = 1e4) -> sp.csr_matrix:
 
 def own_scale(X: np.ndarray) -> np.ndarray:
     "Columns of `X` `(n, m)` at mean 0 and deviation 1, cut at 10; constant columns at 0."
-    spread = X.std(0)
-    return np.clip((X - X.mean(0)) / np.where(spread > 0, spread, np.inf), -10, 10).astype(np.float32)
+    mean, spread = X.mean(0), X.std(0)
+    return np.clip((X - mean) / np.where(spread > 1e-5 * np.abs(mean), spread, np.inf), -10, 10).astype(np.float32)
 
 
 def components(tables: Sequence[np.ndarray], dim: int = 30, *, of: int | None = None, seed: int = 0) -> list[np.ndarray]:
@@ -58,7 +58,7 @@ def components(tables: Sequence[np.ndarray], dim: int = 30, *, of: int | None = 
     fitted = PCA(min(dim, min(X.shape) - 1), svd_solver="randomized", random_state=seed).fit(X)
     return [fitted.transform(t).astype(np.float32) for t in tables]
 
-# %% ../../nbs/saturn/09_baselines.ipynb #18c212b4
+# %% ../../nbs/saturn/09_baselines.ipynb #d754e543
 PLAIN = ("orthologues", "orthologues_harmony", "macrogenes", "macrogenes_harmony", "random")
 "Methods of `plain_embedding`."
 
@@ -92,6 +92,8 @@ def plain_embedding(method: str, species: Sequence[Species], *, giver: int = 0, 
     Raises `InputError` for an unknown method, and without `orthologues` where they are needed."""
     if method not in PLAIN:
         raise InputError("saturn", "method", f"there is no {method!r}", f"choose one of {', '.join(PLAIN)}")
+    if not 0 <= giver < len(species) or dim < 1 or n < 2 or seed < 0:
+        raise InputError("saturn", "settings", f"giver {giver}, dim {dim}, n {n}, seed {seed}", "giver is a number of a species, dim at least 1, n at least 2, seed at least 0")
     if method.startswith("orthologues"):
         if orthologues is None:
             raise InputError("saturn", "orthologues", "are not given", "pass a table with a column of gene names per species")

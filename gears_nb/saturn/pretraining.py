@@ -21,13 +21,31 @@ from .macrogenes import MacrogeneLayer
 from .settings import PretrainConfig
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'block', 'CellEncoder', 'Pretrainer', 'reconstruction', 'similarity_gap', 'pretrain_terms', 'Cells',
-           'Dealt', 'held_out', 'pretrain']
+__all__ = ['HELD_OUT', 'CENTRED_BY', 'block', 'OwnScale', 'CellEncoder', 'Pretrainer', 'reconstruction', 'similarity_gap',
+           'pretrain_terms', 'Cells', 'Dealt', 'held_out', 'split', 'pretrain', 'centre']
 
-# %% ../../nbs/saturn/05_pretraining.ipynb #3868603f
+# %% ../../nbs/saturn/05_pretraining.ipynb #a967816b
 def block(width: int, out: int, dropout: float) -> nn.Sequential:
     "Linear layer, layer normalisation, ReLU, dropout."
     return nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU(), nn.Dropout(dropout))
+
+
+class OwnScale(nn.Module):
+    "Columns at mean 0 and deviation 1 over the cells that `fit` was last given; as they are before that."
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("spread", torch.ones(n))
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        "Take mean and deviation from `values` `(cells, n)`."
+        self.mean.copy_(values.mean(0))
+        self.spread.copy_(values.std(0, unbiased=False).clamp(min=1e-3))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / self.spread
 
 
 class CellEncoder(nn.Module):
@@ -36,7 +54,7 @@ class CellEncoder(nn.Module):
     def __init__(self, n: int, species: int, config: PretrainConfig):
         super().__init__()
         self.norm = nn.LayerNorm(n, elementwise_affine=False)
-        self.centre = nn.ModuleList(nn.BatchNorm1d(n, affine=False) if config.centred else nn.Identity() for _ in range(species))
+        self.centre = nn.ModuleList(OwnScale(n) if config.centred else nn.Identity() for _ in range(species))
         self.body = block(n, config.hidden, config.dropout)
         self.mean = nn.Linear(config.hidden, config.dim)
         self.log_variance = nn.Linear(config.hidden, config.dim) if config.vae else None
@@ -105,12 +123,15 @@ def similarity_gap(net: Pretrainer, vectors: Sequence[Tensor], rng: torch.Genera
     a, b = (torch.cat(part)[order].chunk(2) for part in (made, known))
     return (nn.functional.cosine_similarity(*a) - nn.functional.cosine_similarity(*b)).square().mean()
 
-# %% ../../nbs/saturn/05_pretraining.ipynb #8a1db9bb
+# %% ../../nbs/saturn/05_pretraining.ipynb #f748b553
 def pretrain_terms(net: Pretrainer, batch: dict[str, Any], vectors: Sequence[Tensor], rng: torch.Generator) -> dict[str, Tensor]:
     "Weighted terms of the first stage and their sum `loss`; `batch`: `counts` and `batch`, one tensor a species."
-    config, n = net.config, len(batch["counts"])
+    config = net.config
     out: dict[str, Tensor] = {}
+    n = sum(len(x) > 0 for x in batch["counts"])
     for s, (x, where) in enumerate(zip(batch["counts"], batch["batch"])):
+        if not len(x):
+            continue  # a small species is not in every step
         values = net.values(x, s)
         if config.vae:
             h, log_variance = net.encoder.spread(values, s)
@@ -128,19 +149,19 @@ def pretrain_terms(net: Pretrainer, batch: dict[str, Any], vectors: Sequence[Ten
         out["similarity"] = config.similarity_weight * similarity_gap(net, vectors, rng)
     return out | {"loss": torch.stack(list(out.values())).sum()}
 
-# %% ../../nbs/saturn/05_pretraining.ipynb #581c56a0
+# %% ../../nbs/saturn/05_pretraining.ipynb #72567b48
 class Cells:
     "Deals cells of several species: `counts` CSR `(n_s, g_s)`, `batch` `(n_s,)` numbers over all species, `labels` `(n_s,)` or None."
 
     def __init__(self, counts: Sequence[sp.csr_matrix], batch: Sequence[np.ndarray], labels: Sequence[np.ndarray | None], config: PretrainConfig):
         self.counts, self.batch = counts, [torch.from_numpy(np.asarray(b, np.int64)) for b in batch]
-        self.labels, self.balanced = labels, config.balanced
+        self.labels, self.config = labels, config
         self.steps = max(1, round(sum(c.shape[0] for c in counts) / config.batch))
 
     def order(self, species: int, rng: torch.Generator) -> Tensor:
         "Rows of a species in the order of an epoch."
         n, labels = self.counts[species].shape[0], self.labels[species]
-        if not self.balanced or labels is None:
+        if not self.config.balanced or labels is None:
             return torch.randperm(n, generator=rng)
         code, size = np.unique(labels, return_inverse=True, return_counts=True)[1:]
         return torch.multinomial(torch.from_numpy(1 / size[code]), n, replacement=True, generator=rng)
@@ -168,7 +189,7 @@ class Dealt:
         for parts in zip(*self.rows):
             yield {"counts": [self.cells.take(s, part) for s, part in enumerate(parts)], "batch": [self.cells.batch[s][part] for s, part in enumerate(parts)], "rows": list(parts)}
 
-# %% ../../nbs/saturn/05_pretraining.ipynb #f9af8c67
+# %% ../../nbs/saturn/05_pretraining.ipynb #6f5e4233
 HELD_OUT = 0.1
 
 
@@ -182,13 +203,18 @@ def held_out(sizes: Sequence[int], seed: int) -> list[np.ndarray]:
     return masks
 
 
+def split(cells: Cells, seed: int) -> tuple[Cells, Cells]:
+    "The cells that train and those that are held out, in either stage."
+    kept = held_out([c.shape[0] for c in cells.counts], seed)
+    part = lambda side: Cells([c[m == side] for c, m in zip(cells.counts, kept)], [b.numpy()[m == side] for b, m in zip(cells.batch, kept)],
+                              [None if t is None else t[m == side] for t, m in zip(cells.labels, kept)], cells.config)
+    return part(False), part(True)
+
+
 def pretrain(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], *, seed: int = 0, **how: Any) -> History:
     "First stage: train `net` in place. `vectors`: protein embeddings `(g, p)` of every species' genes; `how`: `checkpoint`, `tag`, `on_epoch` of `core.training.train`."
     known = [torch.from_numpy(np.asarray(v, np.float32)) for v in vectors]
-    kept = held_out([c.shape[0] for c in cells.counts], seed)
-    part = lambda side: Cells([c[m == side] for c, m in zip(cells.counts, kept)], [b.numpy()[m == side] for b, m in zip(cells.batch, kept)],
-                              [None if t is None else t[m == side] for t, m in zip(cells.labels, kept)], net.config)
-    taught, watched = part(False), part(True)
+    taught, watched = split(cells, seed)
 
     def loss(module: nn.Module, batch: dict[str, Any], epoch: int, rng: torch.Generator) -> dict[str, Tensor]:
         return pretrain_terms(module, batch, [v.to(batch["counts"][0].device) for v in known], rng)
@@ -197,6 +223,27 @@ def pretrain(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], *, se
         device = module.protein.device
         rng = torch.Generator().manual_seed(0)
         steps = [{k: [v.to(device) for v in values] for k, values in step.items()} for step in watched.epoch(0, rng)]
-        return float(np.mean([float(pretrain_terms(module, step, [v.to(device) for v in known], rng)["loss"]) for step in steps]))
+        return float(np.mean([float(pretrain_terms(module, step, [v.to(device) for v in known], rng)["loss"]) for step in steps if any(map(len, step["counts"]))]))
 
-    return train(net, taught.epoch, loss, net.config.train, seed=seed, name="saturn pretraining", validate=validate, **how)
+    def batches(epoch: int, rng: torch.Generator) -> Dealt:
+        centre(net, taught)  # macrogenes have moved
+        return taught.epoch(epoch, rng)
+
+    history = train(net, batches, loss, net.config.train, seed=seed, name="saturn pretraining", validate=validate, **how)
+    centre(net, cells)
+    return history
+
+# %% ../../nbs/saturn/05_pretraining.ipynb #47f2aa6c
+CENTRED_BY = 2000
+"Cells per species that the centring is read from, at most."
+
+
+@torch.no_grad()
+def centre(net: Pretrainer, cells: Cells) -> None:
+    "Fit the centring of every species to its own cells, with the macrogene weights as they are now; nothing without `centred`."
+    for s, scale in enumerate(net.encoder.centre):
+        n = cells.counts[s].shape[0]
+        if isinstance(scale, OwnScale) and n:
+            rows = torch.linspace(0, n - 1, min(n, CENTRED_BY)).round().long()
+            device = net.protein.device
+            scale.fit(torch.cat([net.encoder.norm(net.values(cells.take(s, part).to(device), s)) for part in rows.split(512)]))

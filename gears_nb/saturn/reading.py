@@ -350,7 +350,7 @@ def plot_macrogenes(both: AnnData, table: pd.DataFrame, n: int = 3, *, groupby: 
     fig.colorbar(image, ax=axes[0], extend="both", label="log2 of mean over groups")
     return fig
 
-# %% ../../nbs/saturn/08_reading.ipynb #ff207a1b
+# %% ../../nbs/saturn/08_reading.ipynb #c817bffa
 def _truths(called: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     "Called and true names of the cells that have a true one; a `truth` indexed by cells is put in the order of `called`. Raises `InputError`."
     import pandas as pd
@@ -368,7 +368,7 @@ def _truths(called: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
         raise InputError("plot_transfer", "truth", "holds no labels", "give true labels of some cells")
     return called[known].astype(str), truth[known].astype(str)
 
-
+# %% ../../nbs/saturn/08_reading.ipynb #3ad17a32
 def plot_transfer(called: pd.DataFrame | Sequence[str], truth: pd.Series | Sequence[str]) -> Figure:
     """Confusion of labels `called` (from `transfer_labels`, or a list) and the `truth` of the same cells, rows normalised.
 

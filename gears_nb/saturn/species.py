@@ -325,6 +325,8 @@ def _check_call(tables: Mapping[str, AnnData], embeddings: Mapping[str, Any], n_
     if not isinstance(tables, Mapping) or len(tables) < 2:
         problem = f"there {'is one species' if len(tables) == 1 else 'are none'}" if isinstance(tables, Mapping) else f"is a {type(tables).__name__}"
         raise InputError("saturn", "tables", problem, "give at least two tables by name of species: {'human': ..., 'mouse': ...}")
+    if odd := [name for name in map(str, tables) if "/" in name or not name.strip()]:
+        raise InputError("saturn", "tables", f"a species is called {odd[0]!r}", "use a name without '/', which a file cannot hold")
     given = embeddings if isinstance(embeddings, Mapping) else {}
     if bare := [name for name in tables if name not in given]:
         problem = f"there are none for {_some(bare)} (there: {_some(list(given))})"
