@@ -820,12 +820,12 @@ IDLE = {"no word in common": lambda t: changed(t, "mouse", cell_type=[f"x{w}" fo
 
 @pytest.mark.parametrize("clusters", [0, 5])
 @pytest.mark.parametrize("make", IDLE.values(), ids=IDLE)
-def test_pairs_by_label_want_a_word_that_two_species_share(make, clusters, toy, monkeypatch):
+def test_pairs_by_label_want_a_word_that_two_species_share(make, clusters, toy):
     settings = LABEL | {"triplets.clusters": clusters, "pretrain.train.epochs": 0}
     one_line(lambda: fit(make(toy.tables), toy.embeddings, settings=settings), "triplets.pairs: is label, and no word")
 
 
-def test_clusters_are_not_matched_by_their_number(toy):
+def test_clusters_alone_are_no_words_that_species_share(toy):
     one_line(lambda: fit(toy.tables, toy.embeddings, settings=CLUSTERS | LABEL, label_key=None), "triplets.pairs: is label, and no word")
 
 
@@ -844,8 +844,7 @@ def test_clusters_are_not_matched_by_their_number_beside_species_with_labels(pai
     assert seen == {(0, 1), (1, 0)}
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+@pytest.mark.parametrize(("seed", "labelled"), [(0, False), (2**32 - 1, False), (2**32 - 1, True)])
 def test_seeds_of_a_fit_are_any_whole_numbers_of_32_bits(seed, labelled, toy):
     made = fit(toy.tables, toy.embeddings, seed, CLUSTERS, label_key="cell_type" if labelled else None)
     assert made.seed == seed and set(made.history) == {"pretraining", "triplets"}
@@ -942,16 +941,16 @@ CENTRED = {"untrained": ({"pretrain.train.epochs": 0, "triplets.train.epochs": 0
 
 
 @pytest.mark.parametrize(("settings", "close"), CENTRED.values(), ids=CENTRED)
-def test_centred_values_have_mean_0_and_deviation_1_over_the_cells_of_a_species(settings, close, pair):
-    net, _ = fit_stages(pair, config(**settings))
+def test_centred_values_have_mean_0_and_deviation_1_over_the_cells_of_a_species(settings, close, pair, fitted):
+    net = fitted(**settings).net
     for s, own in enumerate(pair):
         with torch.no_grad():
             values = net.encoder.centre[s](net.encoder.norm(net.values(torch.from_numpy(own.counts.toarray()), s)))
         assert values.mean(0).abs().max() < close and (values.std(0, unbiased=False) - 1).abs().max() < close
 
 
-SMALL = {"200 beside 7": (200, 7, {"pretrain.batch": 32}), "200 beside 7, second stage": (200, 7, {"triplets.batch": 32, "pretrain.train.epochs": 0}),
-         "two cells": (60, 2, {}), "one cell": (60, 1, {}), "a cell a step": (60, 60, {"pretrain.batch": 1}), "60 beside 5, not centred": (60, 5, {"pretrain.batch": 8, "pretrain.centred": False})}
+SMALL = {"120 beside 5": (120, 5, {"pretrain.batch": 16}), "120 beside 5, second stage": (120, 5, {"triplets.batch": 16, "pretrain.train.epochs": 0}),
+         "two cells": (60, 2, {}), "one cell": (60, 1, {}), "a cell a step": (20, 20, {"pretrain.batch": 1}), "60 beside 5, not centred": (60, 5, {"pretrain.batch": 8, "pretrain.centred": False})}
 
 
 @pytest.mark.parametrize(("n", "m", "settings"), SMALL.values(), ids=SMALL)
@@ -978,7 +977,7 @@ STOPS = {"frozen weights of which only the mean is a term": NO_TERM | {"pretrain
 @pytest.mark.parametrize("settings", STOPS.values(), ids=STOPS)
 @pytest.mark.xfail(strict=True, reason="a RuntimeError of torch: a loss that nothing learns from, or torch.stack of no terms")
 def test_losses_without_a_term_are_refused_or_skipped(settings, toy):
-    refused(lambda: fit(toy.tables, toy.embeddings, settings=settings))
+    refused(lambda: fit({name: t[:15].copy() for name, t in toy.tables.items()}, toy.embeddings, settings=settings))
 
 
 # one table --------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _names(tables: Mapping[str, AnnData], kinds: Mapping[str, str] | None, taugh
             raise InputError("alignment", what, f"names {strange[0]!r}, which is no source", f"use {', '.join(names)}")
     return names
 
-
+# %% ../../nbs/alignment/01_sources.ipynb #01aa0009
 def _counted(table: AnnData, name: str) -> AnnData:
     "`table` in memory. Raises `InputError` for anything but a table of counts with enough rows that have some."
     if not hasattr(table, "obs_names") or table.X is None:

@@ -150,7 +150,7 @@ def _readiness_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
     _table_arguments(add)
 
-
+# %% ../../nbs/runs/05_cli.ipynb #05aa0009
 def _saturn_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears saturn` takes."""
     add = parser.add_argument

@@ -267,7 +267,7 @@ def _placed(model: Gears, read: Inputs, samples: int) -> AnnData:
 
     return reconstruct_samples(model, read.cells, samples, slide_key=read.slide_key)
 
-
+# %% ../../nbs/runs/08_files.ipynb #08aa0009
 def reconstruct_files(slides: Sequence[str | Path], cells: str | Path, out: str | Path, *, report: str | Path | None = None,
                       profile: str | None = None, seed: int | None = None, min_genes: int | None = None, model_dir: str | Path | None = None,
                       genes: Sequence[str] = (), overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True,

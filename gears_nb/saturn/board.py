@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ['SIMULATED', 'DONORS', 'METHODS', 'material', 'sized', 'with_proteins', 'directions', 'told', 'measured',
            'network_scores', 'board_row']
 
-# %% ../../nbs/saturn/11_board.ipynb #f9fd6788
-SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
+# %% ../../nbs/saturn/11_board.ipynb #f30e0cb9
+SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "unmoved": {"moved": 0.0}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
 DONORS = {"pancreas": (), "pancreas_dev": ("human1", "human2", "mouse1"), "pancreas_held": ("human3", "human4", "mouse2")}
 
 
@@ -75,7 +75,7 @@ def _pancreas(donors: tuple[str, ...], seed: int, field: str) -> tuple[dict[str,
     pairs = pd.read_csv(home / "orthologs_human_mouse_ensembl.csv.gz")
     return tables, proteins, pairs.loc[pairs["type"] == "ortholog_one2one", ["human", "mouse"]].dropna().drop_duplicates()
 
-# %% ../../nbs/saturn/11_board.ipynb #6d0626dc
+# %% ../../nbs/saturn/11_board.ipynb #eea17dd1
 METHODS: dict[str, dict[str, Any]] = {
     "saturn": {},
     "saturn_both": {"labels": "both"},  # types of the receiving species too, as words of its own: the source's setting
@@ -85,7 +85,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"pretrain.train.epochs": 0, "triplets.train.epochs": 0},
     "saturn_random": {"proteins": "random"},  # the control
     "hybrid": {"proteins": "paired"},
-    "orthologue_macrogenes": {"proteins": "orthologues"},
+    "orthologue_macrogenes": {"proteins": "orthologues", "start": "kmeans"},  # of as many centroids as pairs: exact
 }
 "What differs from the defaults in every trained method; questions add their own."
 
@@ -96,13 +96,15 @@ def sized(level: str, genes: int, changes: Mapping[str, Any]) -> SaturnConfig:
     config = at_profile(SaturnConfig, level, **{"pretrain.train.progress": False, "triplets.train.progress": False} | own)
     return replace(config, macrogenes=min(config.macrogenes, genes // 8)) if "macrogenes" not in own else config
 
-# %% ../../nbs/saturn/11_board.ipynb #6a901797
+# %% ../../nbs/saturn/11_board.ipynb #d3f60af9
 def with_proteins(species: tuple[Species, ...], how: str, orthologues: pd.DataFrame, seed: int = 0) -> tuple[Species, ...]:
     "`species` with other protein vectors: \"given\", \"random\", \"paired\" or \"orthologues\" (see above)."
     if how == "given":
         return species
     if how == "random":
         return tuple(replace(s, vectors=np_rng(seed, "saturn", "control", s.name).standard_normal(s.vectors.shape).astype(np.float32)) for s in species)
+    if how not in ("paired", "orthologues"):
+        raise InputError("saturn", "proteins", f"is {how!r}", "choose one of given, random, paired, orthologues")
     columns = shared_columns(species, orthologues)
     if how == "paired":
         mean = np.mean([s.vectors[c] for s, c in zip(species, columns)], axis=0)
@@ -135,7 +137,7 @@ def told(species: Sequence[Species], giver: int, whose: str) -> tuple[Species, .
     "`species` with the labels that the second stage may use."
     return tuple(s if whose == "both" or (whose == "source" and i == giver) else replace(s, labels=None) for i, s in enumerate(species))
 
-# %% ../../nbs/saturn/11_board.ipynb #24d44114
+# %% ../../nbs/saturn/11_board.ipynb #93a7964c
 def measured(H: Sequence[np.ndarray], species: Sequence[Species], giver: int, taker: int, seed: int) -> dict[str, Any]:
     "Scores of labels carried from `giver` to `taker` by embeddings `H`, and of the integration of these two."
     given, truth = species[giver].labels, species[taker].labels
@@ -149,7 +151,7 @@ def measured(H: Sequence[np.ndarray], species: Sequence[Species], giver: int, ta
     out["no_counterpart"] = counterpart_auroc(far, truth, shared)
     return out | integration_scores([H[giver], H[taker]], [given, truth], seed=seed)
 
-
+# %% ../../nbs/saturn/11_board.ipynb #49e5688f
 def network_scores(net: Pretrainer, species: Sequence[Species], orthologues: pd.DataFrame, seed: int) -> dict[str, Any]:
     "What a network does besides transfer: loss of counts per gene of cells that no stage was trained on (None without a likelihood), effective number of macrogenes, share of orthologues with the same first macrogene."
     cells, loss = split(dealt(species, net.config), seed)[1], []

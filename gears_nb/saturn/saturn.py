@@ -63,7 +63,7 @@ def _share_words(species: Sequence[Species]) -> bool:
     words = [set(s.labels) - {UNLABELLED} for s in species if s.labels is not None]
     return any(a & b for i, a in enumerate(words) for b in words[:i])
 
-
+# %% ../../nbs/saturn/07_saturn.ipynb #07aa0009
 @torch.no_grad()
 def embedded(net: Pretrainer, cells: Cells, species: int, block: int = 512) -> tuple[np.ndarray, np.ndarray]:
     "Macrogene values `(n, M)` and embeddings `(n, d)` of all cells of a species."
