@@ -37,7 +37,7 @@ __all__ = ['SIMULATED', 'DONORS', 'METHODS', 'material', 'filled', 'sized', 'wit
            'network_scores', 'board_row']
 
 # %% ../../nbs/saturn/11_board.ipynb #b810de56
-SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "unmoved": {"moved": 0.0}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
+SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "hard": {"strength": 0.4, "depth": (800, 400), "dropout": (0.3, 0.6)}, "unmoved": {"moved": 0.0}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
 DONORS = {"pancreas": (), "pancreas_filled": (), "pancreas_dev": ("human1", "human2", "mouse1"), "pancreas_held": ("human3", "human4", "mouse2")}
 
 
