@@ -57,7 +57,7 @@ def material(dataset: str, seed: int, n_hvg: int | None = 3000, field: str = "co
     some, whole = (gather_species(tables, vectors, n_hvg=n, batch_key="donor") for vectors, n in ((proteins, n_hvg), (blank, None)))
     return some, whole, orthologues
 
-
+# %% ../../nbs/saturn/11_board.ipynb #11aa0010
 def _pancreas(donors: tuple[str, ...], seed: int, field: str) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
     "Tables, proteins and orthologues of Baron et al.; nine tenths of the cells, drawn by `seed`."
     import pandas as pd
