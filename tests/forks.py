@@ -1,17 +1,33 @@
-"""A process that may be killed, or run beside another one, is a fork: it imports nothing again, which takes seconds."""
+"""A process that may be killed, or run beside another one.
+
+It is a fork of a server that has imported what takes seconds and has run nothing. A fork of pytest itself may wait
+for ever: threads that an earlier test has started (numba's under UMAP, say) don't live on in it, their locks do.
+"""
 import multiprocessing
 import os
 
 import pytest
 
 forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
+# imported late by whatever trains, shows a figure or runs a page
+PRELOAD = ("anndata", "lightning_fabric", "matplotlib.pyplot", "nbdev.test", "ot", "sklearn.manifold", "torch._dynamo", "gears_nb.reconstruct.facade")
 
 
 def start(target, *arguments):
-    "Call `target` in a fork of this process."
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    "Call `target`, a function of a module, in a process of its own, in the environment of this one."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    process = context.Process(target=_called, args=(dict(os.environ), os.getcwd(), target, arguments))
     process.start()
     return process
+
+
+def _called(environment, folder, target, arguments):
+    "The server has the environment and the folder of the test that came first."
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    target(*arguments)
 
 
 def ended(process, seconds=120):

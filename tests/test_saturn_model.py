@@ -611,17 +611,16 @@ def test_killed_and_resumed_gives_the_bits_of_an_uninterrupted_run(kind, where, 
 
 
 @forked
-def test_kill_minus_nine_in_the_second_stage(whole, tmp_path, monkeypatch):
+def test_kill_minus_nine_in_the_second_stage(whole, tmp_path):
     run, net, _ = whole("plain")
-    real, seen = triplets.metric_terms, itertools.count()
-    monkeypatch.setattr(triplets, "metric_terms", lambda *a: real(*a) if next(seen) != 3 else os.kill(os.getpid(), signal.SIGKILL))
-    assert ended(start(run_here, run, tmp_path / "run")) == -signal.SIGKILL
-    monkeypatch.undo()
+    assert ended(start(killed_in_the_second_stage, run, tmp_path / "run")) == -signal.SIGKILL
     found, history = run(checkpoint=tmp_path / "run")
     assert same(found, net) and history["triplets"].resumed_from == 1
 
 
-def run_here(run, path) -> None:
+def killed_in_the_second_stage(run, path) -> None:
+    real, seen = triplets.metric_terms, itertools.count()
+    triplets.metric_terms = lambda *a: real(*a) if next(seen) != 3 else os.kill(os.getpid(), signal.SIGKILL)
     run(checkpoint=path)
 
 
