@@ -47,7 +47,7 @@ from gears_nb.saturn.triplets import DISTANCES, CrossSpeciesMiner, clustered, di
 
 seeds = st.integers(0, 2**32 - 1)
 TINY = {"macrogenes": 12, "keep": 6, "n_hvg": None, "pretrain.hidden": 8, "pretrain.dim": 4, "pretrain.pairs": 16, "pretrain.similarity_dim": 5, "pretrain.batch": 48, "triplets.batch": 48,
-        "triplets.neighbours": 2, "pretrain.train.lr": 1e-2, "triplets.train.lr": 1e-2}
+        "triplets.neighbours": 2, "triplets.labelled": "any", "pretrain.train.lr": 1e-2, "triplets.train.lr": 1e-2}
 
 
 def config(**changes) -> SaturnConfig:
@@ -325,7 +325,7 @@ def test_an_epoch_deals_every_cell_once_in_even_steps(seed, n, m, size):
     batch = [rng.integers(0, 3, k) for k in (n, m)]
     cells = Cells(tables, batch, [None, None], at_profile(PretrainConfig, "smoke", batch=size))
     steps = list(cells.epoch(0, torch_rng(seed)))
-    assert len(steps) == cells.steps == max(1, round((n + m) / size)) == len(cells.epoch(0, torch_rng(seed)))
+    assert len(steps) == cells.steps == max(1, min(round((n + m) / size), max(n, m))) == len(cells.epoch(0, torch_rng(seed)))
     for s, k in enumerate((n, m)):
         rows = [step["rows"][s].numpy() for step in steps]
         assert sorted(np.concatenate(rows)) == list(range(k)) and np.ptp([len(r) for r in rows]) <= 1
@@ -392,8 +392,12 @@ def test_cells_that_are_held_out_do_not_teach_in_the_second_stage(settings, pair
             other.append(dataclasses.replace(own, counts=sp.csr_matrix(X), labels=labels))
         return second_stage(first, other, settings, seed=4)[0]
 
-    told = second_stage(first, pair, settings, seed=4)[0]
-    assert same(second(True), told) and not same(second(False), told)
+    def weights_of(net) -> list[np.ndarray]:
+        "All that is learned; the centring of macrogenes that moved is read from all cells in the end."
+        return [v for k, v in bits(net).items() if not k.startswith("encoder.centre")]
+
+    told = weights_of(second_stage(first, pair, settings, seed=4)[0])
+    assert same(weights_of(second(True)), told) and not same(weights_of(second(False)), told)
 
 
 # pairs and triplets, by force -------------------------------------------------------------------------------------------
@@ -746,8 +750,8 @@ def test_unlabelled_cells_are_neither_anchors_nor_negatives(toy, monkeypatch):
     blank = words.where(np.arange(60) % 3 > 0, None)
     seen, real = [], CrossSpeciesMiner.triplets
 
-    def spy(self, z, species, labels, rng):
-        a, p, n = real(self, z, species, labels, rng)
+    def spy(self, z, species, labels, rng, guide=None):
+        a, p, n = real(self, z, species, labels, rng, guide)
         seen.append((species, labels, a, p, n))
         return a, p, n
 
@@ -776,7 +780,7 @@ def test_a_species_without_labels_may_get_clusters_of_its_own_embedding(toy, pai
     with pytest.warns(GearsWarning, match="mouse: there is no obs\\['cell_type'\\]"):
         model = fit(tables, toy.embeddings, settings={"triplets.clusters": 5})
     (net, cells), = asked
-    assert np.array_equal(cells.labels[0], pair[0].labels) and np.array_equal(cells.labels[1], clustered(embedded(net, cells, 1)[1], 5)) and len(set(cells.labels[1])) == 5
+    assert np.array_equal(cells.labels[0], pair[0].labels) and np.array_equal(cells.labels[1], np.char.add("mouse ", clustered(embedded(net, cells, 1)[1], 5))) and len(set(cells.labels[1])) == 5
     found = integrate(model, tables)
     assert set(found.obs["cell_type"][60:]) == {UNLABELLED} and found.obs["cell_type"].tolist()[:60] == pair[0].labels.tolist()
     assert set(transfer_labels(found, "human", "mouse")["label"]) <= set(pair[0].labels)
@@ -828,13 +832,12 @@ def test_clusters_alone_are_no_words_that_species_share(toy):
     one_line(lambda: fit(toy.tables, toy.embeddings, settings=CLUSTERS | LABEL, label_key=None), "triplets.pairs: is label, and no word")
 
 
-@pytest.mark.xfail(strict=True, reason="with pairs='label' and two species that share words, cluster 1 of a third species without labels is taken for cluster 1 of a fourth")
 def test_clusters_are_not_matched_by_their_number_beside_species_with_labels(pair, monkeypatch):
     seen, real = set(), CrossSpeciesMiner.triplets
     four = [dataclasses.replace(s, name=f"{s.name} {i}", labels=s.labels if i < 2 else None) for i, s in enumerate([*pair, *pair])]
 
-    def spy(self, z, species, labels, rng):
-        a, p, n = real(self, z, species, labels, rng)
+    def spy(self, z, species, labels, rng, guide=None):
+        a, p, n = real(self, z, species, labels, rng, guide)
         seen.update(zip(species[a].tolist(), species[p].tolist()))
         return a, p, n
 
@@ -871,8 +874,8 @@ def test_three_species_and_any_of_them_again(three):
 def test_triplets_join_each_two_of_three_species(three, monkeypatch):
     seen, real = set(), CrossSpeciesMiner.triplets
 
-    def spy(self, z, species, labels, rng):
-        a, p, n = real(self, z, species, labels, rng)
+    def spy(self, z, species, labels, rng, guide=None):
+        a, p, n = real(self, z, species, labels, rng, guide)
         seen.update(zip(species[a].tolist(), species[p].tolist()))
         return a, p, n
 
@@ -974,7 +977,6 @@ STOPS = {"frozen weights of which only the mean is a term": NO_TERM | {"pretrain
 
 
 @pytest.mark.parametrize("settings", STOPS.values(), ids=STOPS)
-@pytest.mark.xfail(strict=True, reason="a RuntimeError of torch: a loss that nothing learns from, or torch.stack of no terms")
 def test_losses_without_a_term_are_refused_or_skipped(settings, toy):
     refused(lambda: fit({name: t[:15].copy() for name, t in toy.tables.items()}, toy.embeddings, settings=settings))
 
@@ -1064,7 +1066,7 @@ def test_a_slash_in_the_name_of_a_species_is_refused(toy):
 def test_labels_are_carried_to_every_cell_of_the_target(both):
     for kind in ("knn", "logistic"):
         told = transfer_labels(both, "human", "mouse", how=kind)
-        assert told.index.tolist() == both.obs_names[60:].tolist() and list(told) == ["label", "uncertainty"] and told["uncertainty"].between(0, 1).all()
+        assert told.index.tolist() == both.obs_names[60:].tolist() and list(told) == ["label", "uncertainty", "distance"] and told["uncertainty"].between(0, 1).all()
         assert set(told["label"]) <= set(both.obs["cell_type"][:60])
     hidden = both.copy()
     hidden.obs["cell_type"] = np.where(np.arange(120) % 2, both.obs["cell_type"].astype(str), UNLABELLED)
@@ -1358,6 +1360,5 @@ def test_arguments_of_the_plain_ways_that_cannot_be_meant_are_refused_in_a_line(
 
 
 @pytest.mark.parametrize(("what", "how_many"), [("macrogenes", {"seed": 2**32}), ("macrogenes", {"dim": 2.5}), ("orthologues", {"orthologues": "table.csv"})], ids=["seed", "dim", "orthologues"])
-@pytest.mark.xfail(strict=True, reason="an error of scikit-learn or of a string comes through")
 def test_more_arguments_of_the_plain_ways_are_refused_in_a_line_or_taken(what, how_many, pair):
     refused(lambda: plain_embedding(what, pair, **{"n": 10} | how_many))

@@ -156,8 +156,8 @@ def _saturn_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--species", nargs="+", required=True, metavar="NAME=FILE", help="a table of raw counts per species (.h5ad, or what `read` takes)")
     add("--embeddings", nargs="+", required=True, metavar="NAME=FILE", help="protein vectors of each species' genes (.npz, .h5, .pt, .parquet, .csv); one file may hold several species")
-    add("--out", required=True, metavar="OUT.h5ad", help="all cells in one table: obsm['X_saturn'], macrogenes in X, weights of genes in varm")
-    add("--transfer", nargs=2, default=(), metavar=("FROM", "TO"), help="also carry cell types: obs['from_FROM'] and obs['doubt'] of the cells of TO")
+    add("--out", required=True, metavar="OUT.h5ad", help="all cells in one table: obsm['X_saturn'], obsm['X_saturn_aligned'] (after Harmony), macrogenes in X, weights of genes in varm")
+    add("--transfer", nargs=2, default=(), metavar=("FROM", "TO"), help="also carry cell types: obs['from_FROM'], obs['doubt'] and obs['distance'] (to the nearest cells of FROM) of the cells of TO")
     add("--label-key", default="cell_type", metavar="COLUMN", help="obs column of cell types, which need not agree between species (default cell_type)")
     add("--batch-key", metavar="COLUMN", help="obs column of batches")
     add("--layer", metavar="NAME", help="where the counts are (default X)")

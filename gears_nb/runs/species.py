@@ -45,7 +45,7 @@ class Integrated:
 def integrate_files(species: Mapping[str, str], embeddings: Mapping[str, str], out: str | Path, *, label_key: str | None = "cell_type", batch_key: str | None = None, layer: str | None = None,
                     field: str | None = None, transfer: Sequence[str] = (), model: str | Path | None = None, profile: str = "toy", seed: int = 0, overrides: Sequence[str] = (),
                     progress: bool = True) -> Integrated:
-    """Read tables and vectors, train, and write one table to `out` (.h5ad); with `transfer` (from, to) labels of one species for another in `obs["from_NAME"]` and `obs["doubt"]`.
+    """Read tables and vectors, train, and write one table to `out` (.h5ad); with `transfer` (from, to) labels of one species for another in `obs["from_NAME"]`, `obs["doubt"]` and `obs["distance"]` (see `transfer_labels`).
 
     `field`: array of the embeddings' files; `model`: folder for the trained model. Raises `InputError` before training for files that are absent or unusable."""
     from gears_nb.saturn.saturn import Saturn, integrate, save, transfer_labels
@@ -64,6 +64,7 @@ def integrate_files(species: Mapping[str, str], embeddings: Mapping[str, str], o
         called = transfer_labels(both, *transfer)
         both.obs[f"from_{transfer[0]}"] = called["label"].reindex(both.obs_names).fillna("").astype(str)
         both.obs["doubt"] = called["uncertainty"].reindex(both.obs_names)
+        both.obs["distance"] = called["distance"].reindex(both.obs_names)
     with working("writing", progress):
         if model is not None:
             save(fitted, model)

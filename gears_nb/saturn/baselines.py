@@ -14,20 +14,22 @@ import scipy.sparse as sp
 from ..core.errors import InputError
 from ..core.seeding import np_rng
 from ..data.preprocess import highly_variable, normalise
-from ..encoder.alignment import harmony
 from .macrogenes import centroids, gene_scores, standardised
+from .saturn import components, harmonised
 from .species import Species
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['PLAIN', 'VARIABLE', 'shared_columns', 'log_scaled', 'own_scale', 'components', 'untrained_values',
-           'orthologue_tables', 'plain_embedding']
+__all__ = ['PLAIN', 'VARIABLE', 'shared_columns', 'log_scaled', 'own_scale', 'untrained_values', 'orthologue_tables',
+           'plain_embedding']
 
 # %% ../../nbs/saturn/09_baselines.ipynb #f6e168fa
 def shared_columns(species: Sequence[Species], orthologues: pd.DataFrame) -> list[np.ndarray]:
     "For every species the columns `(m,)` of genes that are one-to-one orthologues in all; `orthologues`: a column of gene names per species. Raises `InputError` for fewer than two."
+    if not hasattr(orthologues, "columns"):
+        raise InputError("saturn", "orthologues", f"are of type {type(orthologues).__name__}", "read the table first: pandas.read_csv(...)")
     if lost := [s.name for s in species if s.name not in orthologues]:
         raise InputError("saturn", "orthologues", f"has no column for {', '.join(lost)} (columns: {', '.join(map(str, orthologues.columns))})", "name the columns by species")
     names = orthologues[[s.name for s in species]].astype(str).drop_duplicates()
@@ -50,13 +52,7 @@ def own_scale(X: np.ndarray) -> np.ndarray:
     return np.clip((X - mean) / np.where(spread > 1e-5 * np.abs(mean), spread, np.inf), -10, 10).astype(np.float32)
 
 
-def components(tables: Sequence[np.ndarray], dim: int = 30, *, of: int | None = None, seed: int = 0) -> list[np.ndarray]:
-    "Principal components `(n_s, dim)` of `tables` `(n_s, m)`: those of table `of`, or of all together (None)."
-    from sklearn.decomposition import PCA
 
-    X = np.concatenate(tables) if of is None else tables[of]
-    fitted = PCA(min(dim, min(X.shape) - 1), svd_solver="randomized", random_state=seed).fit(X)
-    return [fitted.transform(t).astype(np.float32) for t in tables]
 
 # %% ../../nbs/saturn/09_baselines.ipynb #d754e543
 PLAIN = ("orthologues", "orthologues_harmony", "macrogenes", "macrogenes_harmony", "random")
@@ -92,8 +88,9 @@ def plain_embedding(method: str, species: Sequence[Species], *, giver: int = 0, 
     Raises `InputError` for an unknown method, and without `orthologues` where they are needed."""
     if method not in PLAIN:
         raise InputError("saturn", "method", f"there is no {method!r}", f"choose one of {', '.join(PLAIN)}")
-    if not 0 <= giver < len(species) or dim < 1 or n < 2 or seed < 0:
-        raise InputError("saturn", "settings", f"giver {giver}, dim {dim}, n {n}, seed {seed}", "giver is a number of a species, dim at least 1, n at least 2, seed at least 0")
+    whole = all(isinstance(v, (int, np.integer)) for v in (giver, dim, n, seed))
+    if not whole or not 0 <= giver < len(species) or dim < 1 or n < 2 or not 0 <= seed < 2**32:
+        raise InputError("saturn", "settings", f"giver {giver}, dim {dim}, n {n}, seed {seed}", "whole numbers: giver of a species, dim from 1, n from 2, seed from 0 to 2**32 - 1")
     if method.startswith("orthologues"):
         if orthologues is None:
             raise InputError("saturn", "orthologues", "are not given", "pass a table with a column of gene names per species")
@@ -102,5 +99,4 @@ def plain_embedding(method: str, species: Sequence[Species], *, giver: int = 0, 
         tables = [own_scale(t) for t in untrained_values(species, min(n, sum(s.g for s in species) // 3), random=method == "random", seed=seed)]
     if not method.endswith("harmony"):
         return components(tables, dim, of=giver, seed=seed)
-    H = np.concatenate(components(tables, dim, seed=seed))
-    return np.split(harmony(H, np.repeat([s.name for s in species], [s.n for s in species]), seed=seed), np.cumsum([s.n for s in species])[:-1])
+    return harmonised(tables, dim, seed)

@@ -18,27 +18,29 @@ from ..core.config import at_profile
 from ..core.errors import InputError
 from ..core.seeding import np_rng
 from ..core.store import content_digest
+from ..core.style import COLOURS, use_style
 from ..data.preprocess import group_means
 from ..data.registry import data_root
-from ..geometry.neighbours import knn_between
+from ..geometry.neighbours import unit_rows
 from .baselines import PLAIN, plain_embedding, shared_columns
 from .pretraining import Pretrainer, reconstruction, split
-from .saturn import dealt, embedded, first_stage, second_stage
-from .scores import counterpart_auroc, integration_scores, transfer, transfer_scores
-from .settings import SaturnConfig, TripletConfig
+from .saturn import aligned, dealt, embedded, first_stage, second_stage
+from .scores import counterpart_auroc, integration_scores, remoteness, transfer, transfer_scores
+from .settings import SaturnConfig
 from .simulator import simulate_species
 from .species import Embeddings, Species, gather_species, read_embeddings
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SIMULATED', 'DONORS', 'METHODS', 'material', 'filled', 'sized', 'with_proteins', 'directions', 'told', 'measured',
-           'network_scores', 'board_row']
+__all__ = ['SIMULATED', 'DONORS', 'METHODS', 'SHOWN', 'material', 'filled', 'sized', 'with_proteins', 'directions', 'told',
+           'measured', 'network_scores', 'board_row', 'data_sets', 'grid_of', 'by_variant', 'plot_variants']
 
 # %% ../../nbs/saturn/11_board.ipynb #b810de56
 SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "hard": {"strength": 0.4, "depth": (800, 400), "dropout": (0.3, 0.6)}, "unmoved": {"moved": 0.0}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
-DONORS = {"pancreas": (), "pancreas_filled": (), "pancreas_dev": ("human1", "human2", "mouse1"), "pancreas_held": ("human3", "human4", "mouse2")}
+DONORS = {"pancreas": (), "pancreas_filled": (), "pancreas_dev": ("human1", "human2", "mouse1"), "pancreas_dev_filled": ("human1", "human2", "mouse1"), "pancreas_held": ("human3", "human4", "mouse2")}
 
 
 @lru_cache(maxsize=2)
@@ -52,7 +54,7 @@ def material(dataset: str, seed: int, n_hvg: int | None = 3000, field: str = "co
         raise InputError("saturn", "data", f"{dataset!r} is unknown", f"choose one of {', '.join([*SIMULATED, *DONORS])}")
     tables, proteins, pairs = _pancreas(DONORS[dataset], seed, field)
     orthologues = pairs.loc[pairs["type"] == "ortholog_one2one", ["human", "mouse"]].drop_duplicates()
-    proteins = filled(proteins, pairs) if dataset == "pancreas_filled" else proteins
+    proteins = filled(proteins, pairs) if dataset.endswith("_filled") else proteins
     blank = {name: Embeddings(np.array(list(map(str, t.var_names))), np.zeros((t.n_vars, 1), np.float32), "no vectors") for name, t in tables.items()}
     some, whole = (gather_species(tables, vectors, n_hvg=n, batch_key="donor") for vectors, n in ((proteins, n_hvg), (blank, None)))
     return some, whole, orthologues
@@ -100,6 +102,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "untrained": {"pretrain.train.epochs": 0, "triplets.train.epochs": 0},
     "saturn_random": {"proteins": "random"},  # the control
     "hybrid": {"proteins": "paired"},
+    "identity": {"proteins": "identity"},  # who is whose orthologue, and nothing else
     "orthologue_macrogenes": {"proteins": "orthologues", "start": "kmeans"},  # of as many centroids as pairs: exact
 }
 "What differs from the defaults in every trained method; questions add their own."
@@ -113,13 +116,16 @@ def sized(level: str, genes: int, changes: Mapping[str, Any]) -> SaturnConfig:
 
 # %% ../../nbs/saturn/11_board.ipynb #d3f60af9
 def with_proteins(species: tuple[Species, ...], how: str, orthologues: pd.DataFrame, seed: int = 0) -> tuple[Species, ...]:
-    "`species` with other protein vectors: \"given\", \"random\", \"paired\" or \"orthologues\" (see above)."
+    "`species` with other protein vectors: \"given\", \"random\", \"identity\", \"paired\" or \"orthologues\" (see above)."
     if how == "given":
         return species
     if how == "random":
         return tuple(replace(s, vectors=np_rng(seed, "saturn", "control", s.name).standard_normal(s.vectors.shape).astype(np.float32)) for s in species)
+    if how == "identity":  # who is whose orthologue, and nothing else
+        paired = with_proteins(with_proteins(species, "random", orthologues, seed), "paired", orthologues)
+        return tuple(replace(s, vectors=unit_rows(s.vectors)) for s in paired)
     if how not in ("paired", "orthologues"):
-        raise InputError("saturn", "proteins", f"is {how!r}", "choose one of given, random, paired, orthologues")
+        raise InputError("saturn", "proteins", f"is {how!r}", "choose one of given, random, identity, paired, orthologues")
     columns = shared_columns(species, orthologues)
     if how == "paired":
         mean = np.mean([s.vectors[c] for s, c in zip(species, columns)], axis=0)
@@ -131,6 +137,12 @@ def with_proteins(species: tuple[Species, ...], how: str, orthologues: pd.DataFr
     return tuple(replace(s, counts=s.counts[:, c], genes=s.genes[c], vectors=own) for s, c in zip(species, columns))
 
 # %% ../../nbs/saturn/11_board.ipynb #3d61f4f4
+def _shared(config: SaturnConfig, level: str) -> SaturnConfig:
+    "`config` with everything at its default that the first stage does not see."
+    default = at_profile(SaturnConfig, level)
+    return replace(config, triplets=default.triplets, align=default.align, align_dim=default.align_dim)
+
+
 @lru_cache(maxsize=4)
 def _first(dataset: str, seed: int, proteins: str, n_hvg: int | None, config: SaturnConfig) -> tuple[tuple[Species, ...], Pretrainer, float | None, float]:
     "Species, the network after the first stage, its loss on held-out cells and its CPU seconds."
@@ -153,8 +165,8 @@ def told(species: Sequence[Species], giver: int, whose: str) -> tuple[Species, .
     return tuple(s if whose == "both" or (whose == "source" and i == giver) else replace(s, labels=None) for i, s in enumerate(species))
 
 # %% ../../nbs/saturn/11_board.ipynb #93a7964c
-def measured(H: Sequence[np.ndarray], species: Sequence[Species], giver: int, taker: int, seed: int) -> dict[str, Any]:
-    "Scores of labels carried from `giver` to `taker` by embeddings `H`, and of the integration of these two."
+def measured(H: Sequence[np.ndarray], species: Sequence[Species], giver: int, taker: int, seed: int, apart: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
+    "Scores of labels carried from `giver` to `taker` by embeddings `H`, and of the integration of these two; distances to the other species by `apart` (None: `H`)."
     given, truth = species[giver].labels, species[taker].labels
     shared = sorted(set(given) & set(truth))
     known = np.isin(given, shared)
@@ -162,8 +174,8 @@ def measured(H: Sequence[np.ndarray], species: Sequence[Species], giver: int, ta
     for how in ("logistic", "knn"):
         called, _ = transfer(H[giver][known], given[known], H[taker], how=how, seed=seed)
         out |= {k if how == "logistic" else f"{k}_knn": v for k, v in transfer_scores(called, truth, shared).items()}
-    far = knn_between(H[taker], H[giver], min(15, len(H[giver])), metric="cosine")[0].mean(1)
-    out["no_counterpart"] = counterpart_auroc(far, truth, shared)
+    apart = H if apart is None else apart
+    out["no_counterpart"] = counterpart_auroc(remoteness(apart[giver], apart[taker]), truth, shared)
     return out | integration_scores([H[giver], H[taker]], [given, truth], seed=seed)
 
 # %% ../../nbs/saturn/11_board.ipynb #49e5688f
@@ -191,15 +203,60 @@ def board_row(dataset: str, method: str, seed: int, level: str = "toy", changes:
     for giver, taker in directions([s.name for s in some]):
         began = time.process_time()
         if method in PLAIN:
-            species, extra = whole if method.startswith("orthologues") else some, {}
+            species, extra, apart = whole if method.startswith("orthologues") else some, {}, None
             H = plain_embedding(method, species, giver=giver, orthologues=orthologues, seed=seed)
         else:
             config = sized(level, sum(s.g for s in some), own)
-            species, net, loss, seconds = _first(dataset, seed, own.get("proteins", "given"), n_hvg, replace(config, triplets=at_profile(TripletConfig, level)))
+            species, net, loss, seconds = _first(dataset, seed, own.get("proteins", "given"), n_hvg, _shared(config, level))
             net, _ = second_stage(net, told(species, giver, own.get("labels", "source")), config, seed=seed)
             cells = dealt(species, config.pretrain)
-            H = [embedded(net, cells, i)[1] for i in range(len(species))]
+            apart = [embedded(net, cells, i)[1] for i in range(len(species))]
+            H = aligned(apart, config, seed)
             extra = {"held_out_loss": loss, "first_stage_seconds": seconds, **network_scores(net, species, orthologues, seed)}
-        lines.append({"direction": f"{species[giver].name} -> {species[taker].name}", **measured(H, species, giver, taker, seed), **extra, "seconds": time.process_time() - began,
+        lines.append({"direction": f"{species[giver].name} -> {species[taker].name}", **measured(H, species, giver, taker, seed, apart), **extra, "seconds": time.process_time() - began,
                       "digest": content_digest(*(s.counts for s in some), *(s.vectors for s in some))})
     return lines
+
+# %% ../../nbs/saturn/11_board.ipynb #09b1b0f1
+SHOWN = ("macro_f1", "macro_f1_knn", "accuracy", "ilisi", "asw", "no_counterpart", "count_loss", "in_use", "orthologues_together", "seconds")
+"Columns of the tables of all questions."
+
+
+def data_sets(asked: str, draws: Mapping[str, int]) -> list[str]:
+    "The data sets in `asked` (comma-separated), or all of `draws` whose files are here."
+    return [d.strip() for d in asked.split(",") if d.strip()] or [d for d in draws if d not in DONORS or data_root()]
+
+
+def grid_of(here: Sequence[str], draws: Mapping[str, int], variants: Sequence[str], seed: int, level: str) -> list[dict[str, Any]]:
+    "Rows of all `variants` on as many draws of each data set as `draws` says (one of a data set that it does not name); the variants of a draw stand together and share its first stage."
+    return [{"data": d, "variant": v, "seed": s, "level": level} for d in here for s in range(seed, seed + draws.get(d, 1)) for v in variants]
+
+
+def by_variant(lines: Any, shown: Sequence[str] = SHOWN) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Means by data, variant and seed (both directions are one draw), and means over seeds with `macro_f1_std`, of lines with these columns."
+    import pandas as pd
+
+    frame = pd.DataFrame(lines)
+    columns = [c for c in shown if c in frame]
+    each = frame.groupby(["data", "variant", "seed"], sort=False)[columns].mean().reset_index()
+    grouped = each.groupby(["data", "variant"], sort=False)
+    return each, grouped[columns].mean().assign(macro_f1_std=grouped["macro_f1"].std()).reset_index()
+
+# %% ../../nbs/saturn/11_board.ipynb #5272945f
+def plot_variants(each: pd.DataFrame, columns: Mapping[str, str], below: str | None = None) -> Figure:
+    "A panel per data set (across) and column (down; its label), a line per seed, of the first table of `by_variant`; a dotted line above the variant `below`."
+    import matplotlib.pyplot as plt
+
+    use_style()
+    here, names = list(dict.fromkeys(each["data"])), list(dict.fromkeys(each["variant"]))
+    fig, axes = plt.subplots(len(columns), len(here), figsize=(1.6 + 2.4 * len(here), 0.6 + (0.6 + 0.2 * len(names)) * len(columns)), squeeze=False, sharey=True)
+    for (column, label), line in zip(columns.items(), axes):
+        for ax, d in zip(line, here):
+            for s, part in each[each["data"] == d].groupby("seed"):
+                ax.plot(part.set_index("variant").reindex(names)[column], range(len(names)), "o-", ms=4, lw=0.6, color=list(COLOURS.values())[int(s) % len(COLOURS)], label=f"draw {s}")
+            if below in names:
+                ax.axhline(names.index(below) - 0.5, color="0.4", ls=":", lw=0.8)
+            ax.set(title=d, xlabel=label, yticks=range(len(names)), yticklabels=names, xlim=(0, 1.05))
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend(fontsize=6)
+    return fig

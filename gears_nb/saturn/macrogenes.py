@@ -205,17 +205,18 @@ def _checked_tables(columns: Sequence[Tensor], scores: Sequence[Tensor], n: int)
 
 # %% ../../nbs/saturn/03_macrogenes.ipynb #8c93002c
 class MacrogeneLayer(nn.Module):
-    """Genes of every species to `n` shared macrogenes, and back, with a positive weight wherever a gene has a score: exp of `log_weights[s]` `(g_s k_s,)`, by gene and then by macrogene.
+    """Genes of every species to `n` shared macrogenes, and back, with a positive weight wherever a gene has a score: exp of `rate * log_weights[s]` `(g_s k_s,)`, by gene and then by macrogene.
 
     `columns[s]` `(g_s, k_s)`: macrogenes of the genes of species s; `scores[s]`: their first weights, positive. `frozen`: weights are not trained.
+    `rate`: `log_weights` are kept in units of it, so that a step of an optimiser moves a weight's logarithm `rate` times as far.
     Memory and time of a step O(b g) + O(g k) and O(b g k); no table of g x n. Raises `InputError` for tables that do not fit. Source: Sources S0, section Question 2: Macrogene Initialization Strategy."""
 
-    def __init__(self, columns: Sequence[Tensor], scores: Sequence[Tensor], n: int, frozen: bool = False):
+    def __init__(self, columns: Sequence[Tensor], scores: Sequence[Tensor], n: int, frozen: bool = False, rate: float = 1.0):
         super().__init__()
         _announced()
-        self.n, self.log_weights = n, nn.ParameterList()
+        self.n, self.rate, self.log_weights = n, rate, nn.ParameterList()
         for s, (place, score) in enumerate(_checked_tables(columns, scores, n)):
-            self.log_weights.append(nn.Parameter(score.log().reshape(-1), requires_grad=not frozen))
+            self.log_weights.append(nn.Parameter(score.log().reshape(-1) / rate, requires_grad=not frozen))
             for name, value in Pattern.of(place, n)._asdict().items():
                 self.register_buffer(f"{name}_{s}", value)
 
@@ -223,19 +224,23 @@ class MacrogeneLayer(nn.Module):
         "Where the weights of a species are."
         return Pattern(*(getattr(self, f"{name}_{species}") for name in Pattern._fields))
 
+    def strengths(self, species: int) -> Tensor:
+        "The weights of a species `(g k,)`, by gene and then by macrogene; gradients pass."
+        return (self.rate * self.log_weights[species]).exp()
+
     def forward(self, x: Tensor, species: int) -> Tensor:
         "Macrogene values `(b, n)` of cells `(b, g)` of a species: weighted sums of log1p counts."
-        w = self.log_weights[species].exp()
+        w = self.strengths(species)
         return _Product.apply(x.to(w.dtype), w, self.pattern(species), False)
 
     def transpose(self, values: Tensor, species: int) -> Tensor:
         "Gene values `(b, g)` of macrogene values `(b, n)`, by the same weights."
-        w = self.log_weights[species].exp()
+        w = self.strengths(species)
         return _Product.apply(values.to(w.dtype), w, self.pattern(species), True)
 
     def weights(self, species: int) -> sp.csr_matrix:
         "The weights of a species as a sparse table `(g, n)`."
-        columns, values = self.pattern(species).columns.cpu().numpy(), self.log_weights[species].detach().exp().cpu().numpy()
+        columns, values = self.pattern(species).columns.cpu().numpy(), self.strengths(species).detach().cpu().numpy()
         return sp.csr_matrix((values, columns.ravel(), np.arange(len(columns) + 1) * columns.shape[1]), (len(columns), self.n))
 
     def collapse(self) -> float:

@@ -22,7 +22,7 @@ from .settings import PretrainConfig
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'CENTRED_BY', 'block', 'OwnScale', 'CellEncoder', 'Pretrainer', 'reconstruction', 'similarity_gap',
-           'pretrain_terms', 'Cells', 'Dealt', 'held_out', 'split', 'pretrain', 'centre']
+           'pretrain_terms', 'steps_of', 'Cells', 'Dealt', 'held_out', 'split', 'pretrain', 'centre']
 
 # %% ../../nbs/saturn/05_pretraining.ipynb #a967816b
 def block(width: int, out: int, dropout: float) -> nn.Sequential:
@@ -116,8 +116,8 @@ def similarity_gap(net: Pretrainer, vectors: Sequence[Tensor], rng: torch.Genera
     for s, own in enumerate(vectors):
         rows = torch.randint(len(own), (2 * net.config.pairs,), generator=rng).to(own.device)
         columns = net.macrogenes.pattern(s).columns[rows].long()
-        weights = net.macrogenes.log_weights[s].view(len(own), -1)[rows].exp()
-        made.append((weights[:, :, None] * net.protein[columns]).sum(1))
+        weights = net.macrogenes.strengths(s).view(len(own), -1)[rows]
+        made.append(nn.functional.embedding_bag(columns, net.protein, per_sample_weights=weights, mode="sum"))
         known.append(own[rows])
     order = torch.randperm(sum(map(len, made)), generator=rng).to(made[0].device)
     a, b = (torch.cat(part)[order].chunk(2) for part in (made, known))
@@ -144,19 +144,24 @@ def pretrain_terms(net: Pretrainer, batch: dict[str, Any], vectors: Sequence[Ten
         if config.likelihood != "none":
             out["reconstruction"] = out.get("reconstruction", 0) + config.reconstruction_weight * reconstruction(net, h, x, s, where) / n
     if config.l1_weight:
-        out["l1"] = config.l1_weight * torch.stack([w.exp().mean() for w in net.macrogenes.log_weights]).mean()
+        out["l1"] = config.l1_weight * torch.stack([net.macrogenes.strengths(s).mean() for s in range(net.species)]).mean()
     if config.similarity_weight:
         out["similarity"] = config.similarity_weight * similarity_gap(net, vectors, rng)
     return out | {"loss": torch.stack(list(out.values())).sum()}
 
 # %% ../../nbs/saturn/05_pretraining.ipynb #72567b48
+def steps_of(sizes: Sequence[int], batch: int) -> int:
+    "Steps of an epoch over species of these numbers of cells: so many that each holds about `batch` cells and none is without one."
+    return max(1, min(round(sum(sizes) / batch), max(sizes)))
+
+
 class Cells:
     "Deals cells of several species: `counts` CSR `(n_s, g_s)`, `batch` `(n_s,)` numbers over all species, `labels` `(n_s,)` or None."
 
     def __init__(self, counts: Sequence[sp.csr_matrix], batch: Sequence[np.ndarray], labels: Sequence[np.ndarray | None], config: PretrainConfig):
         self.counts, self.batch = counts, [torch.from_numpy(np.asarray(b, np.int64)) for b in batch]
         self.labels, self.config = labels, config
-        self.steps = max(1, round(sum(c.shape[0] for c in counts) / config.batch))
+        self.steps = steps_of([c.shape[0] for c in counts], config.batch)
 
     def order(self, species: int, rng: torch.Generator) -> Tensor:
         "Rows of a species in the order of an epoch."

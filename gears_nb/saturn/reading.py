@@ -24,6 +24,7 @@ from ..data.preprocess import group_means
 from ..geometry.neighbours import knn_between, row_blocks
 from .baselines import shared_columns
 from .macrogenes import standardised
+from .saturn import shared_space
 from .species import UNLABELLED, Embeddings, read_embeddings
 
 if TYPE_CHECKING:
@@ -292,8 +293,8 @@ def _scattered(ax: Axes, xy: np.ndarray, names: np.ndarray, order: np.ndarray) -
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6, ncols=1 + len(kinds) // 25)
 
 
-def plot_integration(both: AnnData, *, label_key: str = "cell_type", use: str = "X_saturn", seed: int = 0) -> Figure:
-    """UMAP of `obsm[use]` (scanpy, 15 neighbours), once by species and once by `obs[label_key]`; the same `seed` gives the same picture.
+def plot_integration(both: AnnData, *, label_key: str = "cell_type", use: str | None = None, seed: int = 0) -> Figure:
+    """UMAP of `obsm[use]` (scanpy, 15 neighbours; None: `X_saturn_aligned`, or `X_saturn` where that is not there), once by species and once by `obs[label_key]`; the same `seed` gives the same picture.
 
     Raises `InputError` for a table without them, and for fewer than five cells."""
     import matplotlib.pyplot as plt
@@ -301,6 +302,7 @@ def plot_integration(both: AnnData, *, label_key: str = "cell_type", use: str = 
     from anndata import AnnData
 
     _genes(both)
+    use = use or shared_space(both)
     if use not in both.obsm or label_key not in both.obs or both.n_obs < 5:
         problem = f"obsm has {', '.join(both.obsm) or 'nothing'}, obs has {', '.join(map(str, both.obs.columns))}, {both.n_obs} cells"
         raise InputError("plot_integration", f"{use}, {label_key}", problem, "name an embedding and a column that are there, of at least five cells")

@@ -5,6 +5,7 @@
 # %% ../../nbs/saturn/07_saturn.ipynb #06f3f745
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,9 +22,10 @@ from ..core.progress import working
 from ..core.seeding import stream_seed
 from ..core.store import Store, content_digest
 from ..core.training import History
+from ..encoder.alignment import harmony
 from .macrogenes import MacrogeneLayer, centroids, gene_scores, standardised
 from .pretraining import Cells, Pretrainer, centre, pretrain
-from .scores import transfer
+from .scores import remoteness, transfer
 from .settings import PretrainConfig, SaturnConfig
 from .species import UNLABELLED, Embeddings, GeneReport, Species, gather_species, same_genes
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SATURN_FORMAT', 'network', 'dealt', 'embedded', 'first_stage', 'second_stage', 'Saturn', 'weights', 'integrate',
-           'transfer_labels', 'save', 'load']
+__all__ = ['SATURN_FORMAT', 'network', 'dealt', 'embedded', 'first_stage', 'second_stage', 'components', 'harmonised', 'aligned',
+           'Saturn', 'weights', 'integrate', 'shared_space', 'transfer_labels', 'save', 'load']
 
 # %% ../../nbs/saturn/07_saturn.ipynb #4d352292
 def network(species: Sequence[Species], config: SaturnConfig, seed: int = 0) -> Pretrainer:
@@ -48,7 +50,7 @@ def network(species: Sequence[Species], config: SaturnConfig, seed: int = 0) -> 
 def _network(columns: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], batches: Sequence[int], n: int, config: PretrainConfig, seed: int) -> Pretrainer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "saturn", "network"))
-        layer = MacrogeneLayer(columns, scores, n, frozen=config.frozen)
+        layer = MacrogeneLayer(columns, scores, n, frozen=config.frozen, rate=config.rate)
         return Pretrainer(layer, [len(c) for c in columns], sum(batches), config)
 
 
@@ -58,6 +60,12 @@ def dealt(species: Sequence[Species], config: PretrainConfig) -> Cells:
     return Cells([s.counts for s in species], [s.batch + first for s, first in zip(species, start)], [s.labels for s in species], config)
 
 # %% ../../nbs/saturn/07_saturn.ipynb #7c776bf0
+def _without_labels(bare: Sequence[str], nobody: bool) -> str:
+    "Why there is no second stage, and what to do for one."
+    other = "" if nobody else "triplets.labelled=any does without, "
+    return f"saturn: {'no species has' if nobody else ', '.join(bare) + ' without'} labels, so there is no second stage ({other}triplets.clusters=20 makes stand-ins)"
+
+
 def _share_words(species: Sequence[Species]) -> bool:
     "Whether some label is a word of two species."
     words = [set(s.labels) - {UNLABELLED} for s in species if s.labels is not None]
@@ -95,7 +103,7 @@ def first_stage(species: Sequence[Species], config: SaturnConfig, *, seed: int =
 
 
 def second_stage(net: Pretrainer, species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, History | None]:
-    "Triplets: a trained copy of `net`, and its history (None without epochs). Cells of a species without labels are positives only, unless clusters stand in."
+    "Triplets: a trained copy of `net`, and its history (None without epochs, or without the labels it wants). Cells of a species without labels are positives only, unless clusters stand in."
     if not config.triplets.train.epochs:
         return net, None
     from gears_nb.saturn.triplets import clustered, learn_metric
@@ -104,13 +112,37 @@ def second_stage(net: Pretrainer, species: Sequence[Species], config: SaturnConf
     species = tuple(s if s.labels is None or (s.labels != UNLABELLED).any() else replace(s, labels=None) for s in species)
     if config.triplets.pairs == "label" and not _share_words(species):
         raise InputError("saturn", "triplets.pairs", "is label, and no word names cells of two species", "use pairs=mutual, or give the species one vocabulary")
-    if not k and all(s.labels is None for s in species):
-        warnings.warn("saturn: no species has labels, so there is no second stage (triplets.clusters=20 makes stand-ins)", GearsWarning, stacklevel=3)
+    bare = [s.name for s in species if s.labels is None]
+    if not k and bare and (config.triplets.labelled == "all" or len(bare) == len(species)):
+        warnings.warn(_without_labels(bare, len(bare) == len(species)), GearsWarning, stacklevel=3)
         return net, None
-    stand_in = lambda i, n: clustered(embedded(net, cells, i)[1], k, seed) if k else np.full(n, UNLABELLED)
+    stand_in = lambda i, n: np.char.add(f"{species[i].name} ", clustered(embedded(net, cells, i)[1], k, seed)) if k else np.full(n, UNLABELLED)
     named = [stand_in(i, s.n) if s.labels is None else s.labels for i, s in enumerate(species)]
+    guide = harmonised([embedded(net, cells, i)[1] for i in range(len(species))], config.align_dim, seed) if config.triplets.pairs == "aligned" else None
     cells = Cells(cells.counts, [b.numpy() for b in cells.batch], named, config.pretrain)
-    return learn_metric(net, cells, standardised([s.vectors for s in species]), config.triplets, seed=seed, **_kept(species, config, checkpoint, "triplets", *(v.numpy(force=True) for v in net.state_dict().values())))
+    return learn_metric(net, cells, standardised([s.vectors for s in species]), config.triplets, guide=guide, seed=seed, **_kept(species, config, checkpoint, "triplets", *(v.numpy(force=True) for v in net.state_dict().values())))
+
+# %% ../../nbs/saturn/07_saturn.ipynb #f83dc698
+def components(tables: Sequence[np.ndarray], dim: int = 30, *, of: int | None = None, seed: int = 0) -> list[np.ndarray]:
+    "Principal components `(n_s, dim)` of `tables` `(n_s, m)`: those of table `of`, or of all together (None)."
+    from sklearn.decomposition import PCA
+
+    X = np.concatenate(tables) if of is None else tables[of]
+    fitted = PCA(min(dim, min(X.shape) - 1), svd_solver="randomized", random_state=seed).fit(X)
+    return [fitted.transform(t).astype(np.float32) for t in tables]
+
+
+def harmonised(tables: Sequence[np.ndarray], dim: int = 30, seed: int = 0) -> list[np.ndarray]:
+    "Principal components `(n_s, dim)` of all `tables` `(n_s, m)` together, moved by Harmony over the tables."
+    sizes = [len(t) for t in tables]
+    H = np.concatenate(components(tables, dim, seed=seed))
+    clusters = int(max(2, min(round(len(H) / 30), 100)))  # harmonypy's own number, which is 1 for a few dozen cells, and then it fails
+    return np.split(harmony(H, np.repeat([f"{i}" for i in range(len(sizes))], sizes), seed=seed, nclust=clusters), np.cumsum(sizes)[:-1])
+
+
+def aligned(H: Sequence[np.ndarray], config: SaturnConfig, seed: int = 0) -> list[np.ndarray]:
+    "Embeddings `(n_s, d)` of several species as the settings say: as they are, or `harmonised`."
+    return list(H) if config.align == "none" else harmonised(H, config.align_dim, seed)
 
 # %% ../../nbs/saturn/07_saturn.ipynb #c61d10aa
 SATURN_FORMAT = 1
@@ -158,11 +190,13 @@ class Saturn:
 
 # %% ../../nbs/saturn/07_saturn.ipynb #285ca1fc
 def _must_have_library(config: SaturnConfig) -> None:
-    if config.triplets.train.epochs:
+    wanted = {"pytorch-metric-learning": config.triplets.train.epochs, "harmonypy": config.align == "harmony" or config.triplets.pairs == "aligned"}
+    instead = {"pytorch-metric-learning": "triplets.train.epochs=0", "harmonypy": "align=none and another triplets.pairs"}
+    for package in (name for name, wants in wanted.items() if wants):
         try:
-            import pytorch_metric_learning  # noqa: F401
+            importlib.import_module(package.replace("-", "_"))
         except ImportError as error:
-            raise InputError("saturn", "package", "pytorch-metric-learning is not installed", "pip install 'gears_nb[saturn]', or triplets.train.epochs=0") from error
+            raise InputError("saturn", "package", f"{package} is not installed", f"pip install 'gears_nb[saturn]', or {instead[package]}") from error
 
 
 def _number(model: Saturn, species: str) -> int:
@@ -179,7 +213,9 @@ def weights(model: Saturn, species: str) -> sp.csr_matrix:
 
 # %% ../../nbs/saturn/07_saturn.ipynb #9c90a066
 def integrate(model: Saturn, tables: Mapping[str, AnnData]) -> AnnData:
-    "`tables` of species that `model` knows as one table: macrogene values in `X`, embeddings in `obsm['X_saturn']`, weights of genes in `varm`. Cells without counts are left out."
+    """`tables` of species that `model` knows as one table: macrogene values in `X`, embeddings in `obsm['X_saturn']`, weights of genes in `varm`.
+
+    With two species or more and `align=harmony`, also `obsm['X_saturn_aligned']`, which depends on all cells given. Cells without counts are left out."""
     import anndata as ad
     import pandas as pd
 
@@ -191,6 +227,9 @@ def integrate(model: Saturn, tables: Mapping[str, AnnData]) -> AnnData:
     obs = pd.concat([pd.DataFrame({"species": s.name, "barcode": s.cells, "cell_type": UNLABELLED if s.labels is None else s.labels, "batch": np.asarray(s.batches, object)[s.batch]},
                                   index=[f"{s.name}/{c}" for c in s.cells]) for s in found])
     both = ad.AnnData(np.concatenate(values), obs=obs.astype({c: "category" for c in ("species", "cell_type", "batch")}), obsm={"X_saturn": np.concatenate(out)})
+    if len(found) > 1 and model.config.align != "none":
+        with working("saturn: harmony", enabled=model.config.pretrain.train.progress):
+            both.obsm["X_saturn_aligned"] = np.concatenate(aligned(out, model.config, model.seed))
     both.var_names = [f"macrogene {j}" for j in range(both.n_vars)]
     for i in numbers:
         both.varm[f"weights_{model._species[i].name}"] = model.net.macrogenes.weights(i).T.tocsr()
@@ -205,11 +244,20 @@ def _alone(model: Saturn, number: int, species: Species) -> Cells:
     return Cells(empty, [np.zeros(c.shape[0]) for c in empty], [None] * len(empty), model.config.pretrain)
 
 # %% ../../nbs/saturn/07_saturn.ipynb #51f315df
-def transfer_labels(both: AnnData, source: str, target: str, *, label_key: str = "cell_type", how: str = "knn", use: str = "X_saturn") -> pd.DataFrame:
-    "Labels of `source` for the cells of `target`: columns `label` and `uncertainty` (0: all neighbours agree; 1: none), by `obsm[use]`. Raises `InputError` for a species without cells or labels."
+def shared_space(both: AnnData) -> str:
+    "The key of `obsm` in which species are compared: `X_saturn_aligned`, or `X_saturn` where that is not there."
+    return "X_saturn_aligned" if "X_saturn_aligned" in both.obsm else "X_saturn"
+
+
+def transfer_labels(both: AnnData, source: str, target: str, *, label_key: str = "cell_type", how: str = "logistic", use: str | None = None) -> pd.DataFrame:
+    """Labels of `source` for the cells of `target`: columns `label`, `uncertainty` (0 to 1, see `scores.transfer`) and `distance`, the mean cosine distance to the 15 nearest labelled cells of `source`.
+
+    Labels by `obsm[use]` (None: `X_saturn_aligned`, or `X_saturn` where that is not there), distances always by `X_saturn`: a cell far from everybody has no counterpart.
+    Raises `InputError` for a species without cells or labels."""
     import pandas as pd
 
-    for what, key, there in (("obs", "species", both.obs), ("obs", label_key, both.obs), ("obsm", use, both.obsm)):
+    use = use or shared_space(both)
+    for what, key, there in (("obs", "species", both.obs), ("obs", label_key, both.obs), ("obsm", use, both.obsm), ("obsm", "X_saturn", both.obsm)):
         if key not in there:
             raise InputError("saturn", what, f"has no {key!r}", f"give what integrate returned ({what} has {', '.join(map(str, list(there)[:8])) or 'nothing'})")
     part = {name: np.flatnonzero(both.obs["species"].to_numpy() == name) for name in (source, target)}
@@ -217,9 +265,9 @@ def transfer_labels(both: AnnData, source: str, target: str, *, label_key: str =
     taught = part[source][named[part[source]] != UNLABELLED]
     if not len(taught) or not len(part[target]):
         raise InputError("saturn", "species", f"{source} has {len(taught)} labelled cells and {target} {len(part[target])} cells", f"species are {', '.join(both.obs['species'].unique())}")
-    H = np.asarray(both.obsm[use])
+    H, Z = np.asarray(both.obsm[use]), np.asarray(both.obsm["X_saturn"])
     label, doubt = transfer(H[taught], named[taught], H[part[target]], how=how)
-    return pd.DataFrame({"label": label, "uncertainty": doubt}, index=both.obs_names[part[target]])
+    return pd.DataFrame({"label": label, "uncertainty": doubt, "distance": remoteness(Z[taught], Z[part[target]])}, index=both.obs_names[part[target]])
 
 # %% ../../nbs/saturn/07_saturn.ipynb #4a4c48b5
 def save(model: Saturn, folder: str | Path) -> Path:

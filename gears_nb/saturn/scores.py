@@ -17,7 +17,7 @@ from ..geometry.neighbours import knn_between
 from .species import UNLABELLED
 
 # %% auto #0
-__all__ = ['transfer', 'transfer_scores', 'counterpart_auroc', 'integration_scores']
+__all__ = ['transfer', 'transfer_scores', 'remoteness', 'counterpart_auroc', 'integration_scores']
 
 # %% ../../nbs/saturn/10_scores.ipynb #b04e0cd3
 def _space(H: Any, source: str, field: str) -> np.ndarray:
@@ -110,6 +110,11 @@ def transfer_scores(predicted: Sequence, truth: Sequence, shared: Iterable) -> d
     return {"accuracy": float((t == p).mean()), "balanced": float(recall_score(t, p, **how)), "macro_f1": float(f1_score(t, p, **how))}
 
 # %% ../../nbs/saturn/10_scores.ipynb #8f0bb74c
+def remoteness(H_source: np.ndarray, H_target: np.ndarray, k: int = 15) -> np.ndarray:
+    "Mean cosine distance `(m,)` of the rows of `H_target` `(m, d)` to their `k` nearest of `H_source` `(n, d)`: large for a cell without a counterpart."
+    return knn_between(H_target, H_source, min(k, len(H_source)), metric="cosine")[0].mean(1)
+
+
 def counterpart_auroc(uncertainty: np.ndarray, truth: Sequence, shared: Iterable) -> float | None:
     """AUROC of `uncertainty` (or a distance) `(m,)` for cells whose true type is not `shared`: 1 if all of them lie above all others, 1/2 by chance.
 

@@ -32,12 +32,18 @@ class PretrainConfig(Section):
     vae: bool = False  # embed as a distribution, with a KL term
     kl_weight: Weight = 1e-3  # of KL, mean over dimensions
     frozen: bool = False  # macrogene weights stay as initialised
+    rate: Positive = 1.0  # how many times as fast as the rest the logarithms of macrogene weights move
     balanced: bool = False  # every cell type is dealt as often as any other (wants labels)
     batch: Size = by_profile(128, 256, 256)  # cells per step, all species together
     train: TrainConfig = by_profile(epochs=(2, 60, 200), lr=(1e-3,) * 3, weight_decay=(1e-4,) * 3, grad_clip=(5.0,) * 3)
 
+    @property
+    def teaches(self) -> bool:
+        "Whether some term has a weight and something to move (frozen macrogenes: not the mean of their weights)."
+        return self.likelihood != "none" or bool(self.similarity_weight) or bool(self.l1_weight and not self.frozen)
+
     def _together(self) -> None:
-        if self.likelihood == "none" and not self.similarity_weight and not self.l1_weight and self.train.epochs:
+        if self.train.epochs and not self.teaches:
             raise InputError("config", "likelihood", "is none, and no other term has a weight: there is nothing to learn", "give one a weight, or set train.epochs=0")
 
 # %% ../../nbs/saturn/00_settings.ipynb #9bfb921d
@@ -45,7 +51,8 @@ class PretrainConfig(Section):
 class TripletConfig(Section):
     "Metric learning across species (`saturn.triplets`)."
 
-    pairs: Literal["mutual", "label"] = "mutual"  # positives: mutual nearest neighbours across species, or cells of other species with the same label
+    labelled: Literal["all", "any"] = "all"  # the second stage wants labels of all species, or of any: cells of the others are then positives only
+    pairs: Literal["mutual", "aligned", "label"] = "mutual"  # positives: mutual nearest neighbours across species, by the embedding or by the first stage's after Harmony; or cells of other species with the same label
     neighbours: Size = 1  # mutual among this many nearest
     mining: Literal["hard", "semihard", "all", "random"] = "semihard"  # which negatives
     distance: Literal["cosine", "euclidean", "dot", "snr"] = "cosine"
@@ -69,5 +76,11 @@ class SaturnConfig(Section):
     start: Literal["minibatch", "kmeans", "hierarchical", "sample", "random"] = "minibatch"  # where macrogenes come from
     scores: Literal["default", "one_hot", "smoothed"] = "default"  # first weights of a gene's macrogenes
     keep: Size = 44  # macrogenes of a gene: its nearest
+    align: Literal["harmony", "none"] = "harmony"  # what brings the embeddings of species together at the end (source: none)
+    align_dim: Size = 30  # principal components that Harmony works on
     pretrain: PretrainConfig
     triplets: TripletConfig
+
+    def _together(self) -> None:
+        if self.triplets.train.epochs and self.triplets.reconstruction and not self.pretrain.teaches:
+            raise InputError("config", "triplets.reconstruction", f"is {self.triplets.reconstruction:g}, and the first stage's loss has no term", "set it to 0, or give pretrain.likelihood or a weight")

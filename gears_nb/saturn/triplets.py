@@ -17,7 +17,7 @@ from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor
 
 from ..core.training import History, Turn, train
-from .pretraining import Cells, Pretrainer, centre, pretrain_terms, split
+from .pretraining import Cells, Pretrainer, centre, held_out, pretrain_terms, split, steps_of
 from .settings import TripletConfig
 from .species import UNLABELLED
 
@@ -61,19 +61,20 @@ class CrossSpeciesMiner(miners.TripletMarginMiner):
         super().__init__(margin=config.margin, type_of_triplets="all" if config.mining == "random" else config.mining, distance=distance_of(config.distance))
         self.config = config
 
-    def candidates(self, z: Tensor, species: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "All triplets `(T,)` three times, and the matrix of distances, larger for farther."
+    def candidates(self, z: Tensor, species: Tensor, labels: Tensor, guide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        "All triplets `(T,)` three times, and the matrix of distances, larger for farther. `guide` `(n, k)`: where mutual neighbours are looked for (None: in `z`)."
         far = self.distance(z)
         far = -far if self.distance.is_inverted else far
-        anchor, positive = label_pairs(species, labels) if self.config.pairs == "label" else mutual_pairs(far, species, self.config.neighbours)
+        near = far if guide is None else torch.cdist(guide, guide)
+        anchor, positive = label_pairs(species, labels) if self.config.pairs == "label" else mutual_pairs(near, species, self.config.neighbours)
         others = (species[anchor][:, None] == species) & (labels[anchor][:, None] != labels) & (labels[anchor][:, None] >= 0) & (labels >= 0)
         pair, negative = torch.nonzero(others, as_tuple=True)
         return anchor[pair], positive[pair], negative, far
 
-    def triplets(self, z: Tensor, species: Tensor, labels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def triplets(self, z: Tensor, species: Tensor, labels: Tensor, rng: torch.Generator, guide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         "Anchors, positives, negatives `(T,)` of embeddings `(n, d)`, mined as the settings say."
         with torch.no_grad():
-            a, p, n, far = self.candidates(z, species, labels)
+            a, p, n, far = self.candidates(z, species, labels, guide)
             if self.config.mining == "random":
                 keep = _one_per_pair(a, p, rng)
             else:
@@ -101,9 +102,9 @@ def _even(species: Tensor, rng: torch.Generator) -> Tensor:
     return torch.cat([g[: min(map(len, groups))] for g in groups])
 
 # %% ../../nbs/saturn/06_triplets.ipynb #2d07902f
-def triplet_loss(miner: CrossSpeciesMiner, z: Tensor, species: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+def triplet_loss(miner: CrossSpeciesMiner, z: Tensor, species: Tensor, labels: Tensor, rng: torch.Generator, guide: Tensor | None = None) -> Tensor:
     "Triplet margin loss of embeddings `(n, d)`; 0 where there is no triplet."
-    found = miner.triplets(z, species, labels, rng)
+    found = miner.triplets(z, species, labels, rng, guide)
     if not len(found[0]):
         return 0.0 * z.sum()
     return losses.TripletMarginLoss(margin=miner.margin, distance=miner.distance)(z, labels, indices_tuple=found)
@@ -143,20 +144,25 @@ def macrogene_values(net: Pretrainer, cells: Cells, species: int, block: int = 5
     return torch.cat([net.values(cells.take(species, rows).to(device), species).cpu() for rows in torch.arange(n).split(block)])
 
 
-def metric_terms(net: Pretrainer, batch: dict[str, Any], labels: Sequence[Tensor], miner: CrossSpeciesMiner, epoch: int, rng: torch.Generator, from_values: bool) -> dict[str, Tensor]:
-    "The triplet term of a batch, weighted by the warm-up, and `loss`."
+def metric_terms(net: Pretrainer, batch: dict[str, Any], labels: Sequence[Tensor], miner: CrossSpeciesMiner, epoch: int, rng: torch.Generator, from_values: bool, guide: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    "The triplet term of a batch, weighted by the warm-up, and `loss`; `guide`: a table `(n_s, k)` a species in which mutual neighbours are looked for."
     config = miner.config
     z = torch.cat([net.encoder(x if from_values else net.values(x, s), s) for s, x in enumerate(batch["counts"])])
     species = torch.cat([torch.full((len(x),), s, device=z.device) for s, x in enumerate(batch["counts"])])
     tags = torch.cat([own.to(z.device)[rows] for own, rows in zip(labels, batch["rows"])])
     weight = min(1.0, (epoch + 1) / max(1.0, config.warmup * config.train.epochs)) if config.warmup else 1.0
-    cost = weight * triplet_loss(miner, z, species, tags, rng)
+    places = None if guide is None else torch.cat([own.to(z.device)[rows] for own, rows in zip(guide, batch["rows"])])
+    cost = weight * triplet_loss(miner, z, species, tags, rng, places)
     return {"triplets": cost, "loss": cost}
 
 # %% ../../nbs/saturn/06_triplets.ipynb #6ea2dec0
-def learn_metric(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], config: TripletConfig, *, seed: int = 0, **how: Any) -> tuple[Pretrainer, History]:
-    "Second stage: a copy of `net`, trained on triplets; `cells.labels` must be given. `how`: `checkpoint`, `tag`, `on_epoch` of `core.training.train`."
-    net, cells = copy.deepcopy(net), split(cells, seed)[0]
+def learn_metric(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], config: TripletConfig, *, guide: Sequence[np.ndarray] | None = None, seed: int = 0, **how: Any) -> tuple[Pretrainer, History]:
+    """Second stage: a copy of `net`, trained on triplets; `cells.labels` must be given. `how`: `checkpoint`, `tag`, `on_epoch` of `core.training.train`.
+
+    `guide`: a table `(n_s, k)` a species in which mutual neighbours are looked for (None: the embedding as it is learned)."""
+    net, every, cells = copy.deepcopy(net), cells, split(cells, seed)[0]
+    taught = [~mask for mask in held_out([c.shape[0] for c in every.counts], seed)]
+    places = None if guide is None else [torch.from_numpy(g[mask]) for g, mask in zip(guide, taught)]
     whole = bool(config.unfreeze or config.reconstruction)
     for parameter in net.macrogenes.parameters():
         parameter.requires_grad_(whole and not net.config.frozen)
@@ -165,7 +171,7 @@ def learn_metric(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], c
     values = None if whole else [macrogene_values(net, cells, s) for s in range(net.species)]
 
     def loss(module: Pretrainer, batch: dict[str, Any], epoch: int, rng: torch.Generator) -> dict[str, Tensor]:
-        out = metric_terms(module, batch, tags, miner, epoch, rng, not whole)
+        out = metric_terms(module, batch, tags, miner, epoch, rng, not whole, places)
         if config.reconstruction:
             first = pretrain_terms(module, batch, [v.to(batch["counts"][0].device) for v in known], rng)
             out |= {k: config.reconstruction * v for k, v in first.items() if k != "loss"}
@@ -178,11 +184,11 @@ def learn_metric(net: Pretrainer, cells: Cells, vectors: Sequence[np.ndarray], c
         return dealer.epoch(epoch, rng)
 
     dealer = _WithValues(cells.counts, [b.numpy() for b in cells.batch], cells.labels, net.config)
-    dealer.values, dealer.steps = values, max(1, round(sum(c.shape[0] for c in cells.counts) / config.batch))
+    dealer.values, dealer.steps = values, steps_of([c.shape[0] for c in cells.counts], config.batch)
     parts = ("encoder", "macrogenes") if config.unfreeze and not net.config.frozen else ("encoder",)
     turns = loss if config.reconstruction else [Turn("loss", loss, parts)]
     last = config.train if config.train.patience is not None else replace(config.train, patience_after=config.train.epochs)  # the loss of mined triplets says nothing of which epoch is best
     history = train(net, batches, turns, last, seed=seed, name="saturn triplets", **how)
     if whole:
-        centre(net, cells)
+        centre(net, every)
     return net, history
