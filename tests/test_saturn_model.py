@@ -36,10 +36,11 @@ from gears_nb.core.config import at_profile, override
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.core.seeding import torch_rng
 from gears_nb.core.store import Store, content_digest
-from gears_nb.saturn import baselines, pretraining, triplets
-from gears_nb.saturn.baselines import PLAIN, components, log_scaled, own_scale, plain_embedding, shared_columns, untrained_values
+from gears_nb.saturn import baselines, pretraining, saturn, triplets
+from gears_nb.saturn.baselines import PLAIN, log_scaled, own_scale, plain_embedding, shared_columns, untrained_values
 from gears_nb.saturn.pretraining import Cells, OwnScale, centre, held_out, pretrain_terms, reconstruction, similarity_gap, split
-from gears_nb.saturn.saturn import SATURN_FORMAT, Saturn, dealt, embedded, first_stage, integrate, load, network, save, second_stage, transfer_labels, weights
+from gears_nb.saturn.saturn import SATURN_FORMAT, Saturn, components, dealt, embedded, first_stage, integrate, load, network, save, second_stage, transfer_labels, weights
+from gears_nb.saturn.scores import remoteness
 from gears_nb.saturn.settings import PretrainConfig, SaturnConfig, TripletConfig
 from gears_nb.saturn.simulator import simulate_species
 from gears_nb.saturn.species import UNLABELLED, gather_species
@@ -1362,3 +1363,67 @@ def test_arguments_of_the_plain_ways_that_cannot_be_meant_are_refused_in_a_line(
 @pytest.mark.parametrize(("what", "how_many"), [("macrogenes", {"seed": 2**32}), ("macrogenes", {"dim": 2.5}), ("orthologues", {"orthologues": "table.csv"})], ids=["seed", "dim", "orthologues"])
 def test_more_arguments_of_the_plain_ways_are_refused_in_a_line_or_taken(what, how_many, pair):
     refused(lambda: plain_embedding(what, pair, **{"n": 10} | how_many))
+
+
+# species side by side -----------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_may_be_looked_for_in_another_table(rng):
+    miner = CrossSpeciesMiner(how(pairs="aligned", neighbours=1, mining="all", margin=100.0))
+    species, labels = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 2, 3])
+    z, guide = torch.from_numpy(rng.normal(size=(4, 3)).astype(np.float32)), torch.tensor([[0.0], [5.0], [5.1], [0.2]])
+    a, p, n = miner.triplets(z, species, labels, torch_rng(0), guide)
+    assert sorted(zip(a.tolist(), p.tolist(), n.tolist())) == [(0, 3, 1), (1, 2, 0), (2, 1, 3), (3, 0, 2)]
+
+
+def test_the_guide_is_the_first_stage_after_harmony(pair, monkeypatch):
+    settings, seen, real = config(**{"triplets.pairs": "aligned", "align_dim": 3}), [], triplets.learn_metric
+    monkeypatch.setattr(triplets, "learn_metric", lambda *a, **k: seen.append(k["guide"]) or real(*a, **k))
+    net, _ = first_stage(pair, settings)
+    second_stage(net, pair, settings)
+    cells = dealt(pair, settings.pretrain)
+    assert same(seen[0], saturn.harmonised([embedded(net, cells, i)[1] for i in (0, 1)], 3)) and seen[0][0].shape == (pair[0].n, 3)
+    second_stage(net, pair, config())
+    assert seen[1] is None
+
+
+def test_a_second_stage_wants_labels_of_all_species_unless_told_otherwise(pair):
+    half = (pair[0], dataclasses.replace(pair[1], labels=None))
+    with pytest.warns(GearsWarning, match="mouse without labels.*triplets.labelled=any"):
+        net, history = fit_stages(half, config(**{"triplets.labelled": "all"}))
+    assert set(history) == {"pretraining"}
+    assert same(net, first_stage(half, config(**{"triplets.labelled": "all"}))[0])
+
+
+def test_a_table_of_two_species_has_an_aligned_space_and_one_of_one_has_not(model, both, toy):
+    assert both.obsm["X_saturn_aligned"].shape == (120, 3) and saturn.shared_space(both) == "X_saturn_aligned"
+    H = saturn.harmonised([both.obsm["X_saturn"][:60], both.obsm["X_saturn"][60:]], model.config.align_dim, model.seed)
+    np.testing.assert_array_equal(both.obsm["X_saturn_aligned"], np.concatenate(H))
+    alone = integrate(model, {"mouse": toy.tables["mouse"]})
+    assert saturn.shared_space(alone) == "X_saturn" and set(alone.obsm) == {"X_saturn"}
+    np.testing.assert_array_equal(alone.obsm["X_saturn"], both.obsm["X_saturn"][60:])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 30), (20, 20)])
+def test_a_few_cells_are_aligned_too(sizes, rng):
+    found = saturn.harmonised([rng.normal(size=(n, 6)) for n in sizes])
+    assert [len(h) for h in found] == list(sizes) and all(np.isfinite(h).all() for h in found)
+
+
+def test_distances_are_read_before_harmony_and_labels_after(both):
+    told = transfer_labels(both, "human", "mouse")
+    np.testing.assert_array_equal(told["distance"], remoteness(both.obsm["X_saturn"][:60], both.obsm["X_saturn"][60:]))
+    assert told["label"].equals(transfer_labels(both, "human", "mouse", use="X_saturn_aligned")["label"])
+
+
+@pytest.mark.parametrize(("sizes", "batch", "steps"), [((100, 100), 50, 4), ((3, 3), 1, 3), ((5, 1), 1, 5), ((1, 1), 512, 1), ((0, 4), 1, 4)])
+def test_no_step_is_without_a_cell(sizes, batch, steps):
+    assert pretraining.steps_of(sizes, batch) == steps
+
+
+def test_the_rate_scales_steps_of_macrogene_weights_and_nothing_else(pair):
+    slow, fast = (first_stage(pair, config(**{"pretrain.rate": rate, "pretrain.train.epochs": 1})) for rate in (1.0, 20.0))
+    start = first_stage(pair, config(**{"pretrain.train.epochs": 0}))[0].macrogenes
+    moved = [float((net.macrogenes.strengths(0).log() - start.strengths(0).log()).abs().mean()) for net, _ in (slow, fast)]
+    assert moved[1] > 8 * moved[0] > 0
+    np.testing.assert_allclose(first_stage(pair, config(**{"pretrain.rate": 20.0, "pretrain.train.epochs": 0}))[0].macrogenes.strengths(0).detach(), start.strengths(0).detach(), rtol=1e-5)
