@@ -351,7 +351,7 @@ def test_killed_training_continues_with_the_same_numbers(files, tmp_path_factory
     """
     monkeypatch.chdir(files)
     command = ["reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--profile", "smoke", "--quiet",
-               "--set", "structure.guess_epochs=80", "--out"]
+               "--set", "structure.guess_epochs=40", "--out"]
 
     def run(out, cache):
         monkeypatch.setenv("GEARS_CACHE", str(cache))

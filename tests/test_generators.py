@@ -272,7 +272,7 @@ def test_training_lowers_the_error_and_follows_the_sigma():
 
 def test_gears_learns_places_saves_and_loads(tmp_path):
     *slides, query = simulate("tiny", seed=0).slides
-    g = Gears(profile("smoke", progress=False), model="gears-v2").fit(slides)
+    g = Gears(profile("smoke", progress=False), model={"name": "gears-v2", "settings": TINY}).fit(slides)
     assert isinstance(g.fitted.models[0], GearsV2) and g.config.structure.model.name == "gears-v2"
     X = g.reconstruct(query).obsm["X_gears"]
     assert X.shape == (query.n_obs, 2) and np.isfinite(X).any() and np.array_equal(X, g.reconstruct(query).obsm["X_gears"], equal_nan=True)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SIMULATED', 'DONORS', 'METHODS', 'SHOWN', 'material', 'filled', 'sized', 'with_proteins', 'directions', 'told',
-           'measured', 'network_scores', 'board_row', 'data_sets', 'grid_of', 'by_variant', 'plot_variants']
+           'measured', 'network_scores', 'board_row', 'data_sets', 'for_questions', 'grid_of', 'by_variant',
+           'plot_variants']
 
 # %% ../../nbs/saturn/11_board.ipynb #b810de56
 SIMULATED: dict[str, dict[str, Any]] = {"two": {}, "hard": {"strength": 0.4, "depth": (800, 400), "dropout": (0.3, 0.6)}, "unmoved": {"moved": 0.0}, "unrelated": {"strength": 0.0, "related": False}, "three": {"names": ("human", "mouse", "fish")}, "tiny": {"n_cells": 90, "n_genes": 120, "n_programs": 15}}
@@ -95,10 +96,11 @@ def filled(proteins: Mapping[str, Embeddings], pairs: pd.DataFrame) -> dict[str,
 # %% ../../nbs/saturn/11_board.ipynb #eea17dd1
 METHODS: dict[str, dict[str, Any]] = {
     "saturn": {},
-    "saturn_both": {"labels": "both"},  # types of the receiving species too, as words of its own: the source's setting
-    "saturn_clusters": {"triplets.clusters": 20},  # clusters stand in for the receiving species' types
-    "source": {"labels": "both", "pretrain.centred": False},  # the source's recipe
-    "pretrained": {"triplets.train.epochs": 0},  # the first stage alone
+    "saturn_both": {"labels": "both"},  # types of the receiving species too, as words of its own: a second stage
+    "saturn_any": {"triplets.labelled": "any"},  # a second stage without them
+    "saturn_clusters": {"triplets.clusters": 20},  # clusters stand in for them
+    "source": {"labels": "both", "pretrain.centred": False, "scores": "default", "triplets.pairs": "mutual", "triplets.neighbours": 1, "align": "none"},  # the source's recipe
+    "unaligned": {"align": "none"},
     "untrained": {"pretrain.train.epochs": 0, "triplets.train.epochs": 0},
     "saturn_random": {"proteins": "random"},  # the control
     "hybrid": {"proteins": "paired"},
@@ -225,6 +227,11 @@ SHOWN = ("macro_f1", "macro_f1_knn", "accuracy", "ilisi", "asw", "no_counterpart
 def data_sets(asked: str, draws: Mapping[str, int]) -> list[str]:
     "The data sets in `asked` (comma-separated), or all of `draws` whose files are here."
     return [d.strip() for d in asked.split(",") if d.strip()] or [d for d in draws if d not in DONORS or data_root()]
+
+
+def for_questions(data: str) -> dict[str, Any]:
+    "Settings of the pages of questions 1 to 4: the network's own embedding, a second stage also with one species' labels, and on the pancreas 3000 genes and 800 macrogenes."
+    return {"align": "none", "triplets.labelled": "any"} | ({"n_hvg": 3000, "macrogenes": 800} if data in DONORS else {})
 
 
 def grid_of(here: Sequence[str], draws: Mapping[str, int], variants: Sequence[str], seed: int, level: str) -> list[dict[str, Any]]:

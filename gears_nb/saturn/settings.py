@@ -52,8 +52,8 @@ class TripletConfig(Section):
     "Metric learning across species (`saturn.triplets`)."
 
     labelled: Literal["all", "any"] = "all"  # the second stage wants labels of all species, or of any: cells of the others are then positives only
-    pairs: Literal["mutual", "aligned", "label"] = "mutual"  # positives: mutual nearest neighbours across species, by the embedding or by the first stage's after Harmony; or cells of other species with the same label
-    neighbours: Size = 1  # mutual among this many nearest
+    pairs: Literal["mutual", "aligned", "label"] = "aligned"  # (source: mutual) positives: mutual nearest neighbours across species, by the embedding or by the first stage's after Harmony; or cells of other species with the same label
+    neighbours: Size = 5  # mutual among this many nearest (source: 1)
     mining: Literal["hard", "semihard", "all", "random"] = "semihard"  # which negatives
     distance: Literal["cosine", "euclidean", "dot", "snr"] = "cosine"
     margin: Positive = 0.2
@@ -71,10 +71,10 @@ class SaturnConfig(Section):
     "All settings of `Saturn` (`saturn.saturn`)."
 
     profile: str  # where the other values come from
-    n_hvg: Size | None = by_profile(300, 3000, 8000)  # highly variable genes of each species; None: all
-    macrogenes: Size = by_profile(40, 800, 2000)  # groups of genes, shared by all species
+    n_hvg: Size | None = by_profile(300, 8000, 8000)  # highly variable genes of each species; None: all
+    macrogenes: Size = by_profile(40, 2000, 2000)  # groups of genes, shared by all species
     start: Literal["minibatch", "kmeans", "hierarchical", "sample", "random"] = "minibatch"  # where macrogenes come from
-    scores: Literal["default", "one_hot", "smoothed"] = "default"  # first weights of a gene's macrogenes
+    scores: Literal["default", "one_hot", "smoothed"] = "smoothed"  # first weights of a gene's macrogenes (source: default)
     keep: Size = 44  # macrogenes of a gene: its nearest
     align: Literal["harmony", "none"] = "harmony"  # what brings the embeddings of species together at the end (source: none)
     align_dim: Size = 30  # principal components that Harmony works on
