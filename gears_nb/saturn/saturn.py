@@ -101,7 +101,7 @@ def first_stage(species: Sequence[Species], config: SaturnConfig, *, seed: int =
         return net.eval(), None
     return net, pretrain(net, dealt(species, config.pretrain), standardised([s.vectors for s in species]), seed=seed, **_kept(species, config, checkpoint, "pretraining"))
 
-
+# %% ../../nbs/saturn/07_saturn.ipynb #7987d13b
 def second_stage(net: Pretrainer, species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, History | None]:
     "Triplets: a trained copy of `net`, and its history (None without epochs, or without the labels it wants). Cells of a species without labels are positives only, unless clusters stand in."
     if not config.triplets.train.epochs:
