@@ -99,7 +99,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "saturn_both": {"labels": "both"},  # types of the receiving species too, as words of its own: a second stage
     "saturn_any": {"triplets.labelled": "any"},  # a second stage without them
     "saturn_clusters": {"triplets.clusters": 20},  # clusters stand in for them
-    "source": {"labels": "both", "pretrain.centred": False, "scores": "default", "triplets.pairs": "mutual", "triplets.neighbours": 1, "align": "none"},  # the source's recipe
+    "source": {"labels": "both", "pretrain.centred": False, "pretrain.rate": 1.0, "scores": "default", "triplets.pairs": "mutual", "triplets.neighbours": 1, "align": "none"},  # the source's recipe
     "unaligned": {"align": "none"},
     "untrained": {"pretrain.train.epochs": 0, "triplets.train.epochs": 0},
     "saturn_random": {"proteins": "random"},  # the control
@@ -230,8 +230,8 @@ def data_sets(asked: str, draws: Mapping[str, int]) -> list[str]:
 
 
 def for_questions(data: str) -> dict[str, Any]:
-    "Settings of the pages of questions 1 to 4: the network's own embedding, a second stage also with one species' labels, and on the pancreas 3000 genes and 800 macrogenes."
-    return {"align": "none", "triplets.labelled": "any"} | ({"n_hvg": 3000, "macrogenes": 800} if data in DONORS else {})
+    "Settings of the pages of questions 1 to 4: the network's own embedding, a second stage also with one species' labels, the source's rate, and on the pancreas 3000 genes and 800 macrogenes."
+    return {"align": "none", "triplets.labelled": "any", "pretrain.rate": 1.0} | ({"n_hvg": 3000, "macrogenes": 800} if data in DONORS else {})
 
 
 def grid_of(here: Sequence[str], draws: Mapping[str, int], variants: Sequence[str], seed: int, level: str) -> list[dict[str, Any]]:

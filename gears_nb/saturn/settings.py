@@ -32,7 +32,7 @@ class PretrainConfig(Section):
     vae: bool = False  # embed as a distribution, with a KL term
     kl_weight: Weight = 1e-3  # of KL, mean over dimensions
     frozen: bool = False  # macrogene weights stay as initialised
-    rate: Positive = 1.0  # how many times as fast as the rest the logarithms of macrogene weights move
+    rate: Positive = 10.0  # how many times as fast as the rest the logarithms of macrogene weights move (source: 1)
     balanced: bool = False  # every cell type is dealt as often as any other (wants labels)
     batch: Size = by_profile(128, 256, 256)  # cells per step, all species together
     train: TrainConfig = by_profile(epochs=(2, 60, 200), lr=(1e-3,) * 3, weight_decay=(1e-4,) * 3, grad_clip=(5.0,) * 3)
