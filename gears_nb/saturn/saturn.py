@@ -103,7 +103,7 @@ def first_stage(species: Sequence[Species], config: SaturnConfig, *, seed: int =
 
 # %% ../../nbs/saturn/07_saturn.ipynb #7987d13b
 def second_stage(net: Pretrainer, species: Sequence[Species], config: SaturnConfig, *, seed: int = 0, checkpoint: Path | None = None) -> tuple[Pretrainer, History | None]:
-    "Triplets: a trained copy of `net`, and its history (None without epochs, or without the labels it wants). Cells of a species without labels are positives only, unless clusters stand in."
+    "Triplets: a trained copy of `net`, and its history (None without epochs, or without the labels it wants). Cells of a species without labels are positives only, unless clusters stand in; the guide of `pairs=aligned` is read from all cells (their counts, no labels)."
     if not config.triplets.train.epochs:
         return net, None
     from gears_nb.saturn.triplets import clustered, learn_metric
