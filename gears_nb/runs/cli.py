@@ -163,7 +163,7 @@ def _saturn_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", metavar="NAME", help="where the counts are (default X)")
     add("--field", metavar="NAME", help="array of the embedding files (default: the widest)")
     add("--model", metavar="DIR", help="also save the trained model there")
-    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default), paper (8000 genes, 2000 macrogenes, 200 epochs)")
+    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default: 8000 genes a species, 2000 macrogenes, 60 epochs), paper (200 epochs)")
     add("--seed", type=int, default=0, help="same seed, same data: same table (default 0)")
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as macrogenes=500 or triplets.mining=hard")
     add("--quiet", action="store_true", help="no progress bar")
