@@ -1176,6 +1176,8 @@ def test_models_of_another_version_and_folders_without_one_are_refused(folder, t
     state, about = Store(folder).load("saturn")
     Store(tmp_path).save("saturn", state, about | {"format": SATURN_FORMAT + 1})
     one_line(lambda: load(tmp_path), f"format: is {SATURN_FORMAT + 1}")
+    Store(tmp_path).save("saturn", state, about | {"format": 1})  # weights without a rate: they would be read as their tenth powers
+    one_line(lambda: load(tmp_path), "format: is 1, this version reads 2")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "nowhere", tmp_path / "file"):
         one_line(lambda path=path: load(path), "holds no saved Saturn")

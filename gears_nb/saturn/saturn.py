@@ -145,7 +145,7 @@ def aligned(H: Sequence[np.ndarray], config: SaturnConfig, seed: int = 0) -> lis
     return list(H) if config.align == "none" else harmonised(H, config.align_dim, seed)
 
 # %% ../../nbs/saturn/07_saturn.ipynb #c61d10aa
-SATURN_FORMAT = 1
+SATURN_FORMAT = 2  # 1 kept logarithms of weights without a rate
 
 
 class Saturn:
