@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import os
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"  # for child processes
+# for child processes, and for numba: its first parallel function (under UMAP, say) would set torch to as many as there are
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ[variable] = "1"
 
 import matplotlib
 
@@ -20,6 +21,15 @@ torch.set_num_threads(1)
 LIMIT = threadpool_limits(1)  # numpy may have been imported, with more threads, before this file was read
 settings.register_profile("tiny", deadline=None, max_examples=15, derandomize=True, database=None)
 settings.load_profile("tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_still():
+    """What a test leaves behind would change the last digits of the tests after it."""
+    yield
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == 1, f"torch was left with {found} threads"
 
 
 @pytest.fixture
