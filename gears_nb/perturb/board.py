@@ -111,12 +111,14 @@ def _bases(screen: Screen, bases: np.ndarray, member: np.ndarray, groups: np.nda
     own = bases[np.isin(member[bases], np.unique(groups))]
     return own if len(own) else bases[screen.line[bases] == line]
 
-# %% ../../nbs/perturb/17_board.ipynb #f114b011
+# %% ../../nbs/perturb/17_board.ipynb #6f7e6fe5
 METHODS: dict[str, dict[str, Any]] = {
     "perturb": {},
     "anchor": {"first.epochs": 0, "second.epochs": 0},
     "source": {"anchor": "none", "loss.pairing": "random", "loss.population": 0.0, "network.heads_see_context": False, "network.forget": 0.0},
     "no anchor": {"anchor": "none"},
+    "anchor, genes": {"anchor": "genes", "first.epochs": 0, "second.epochs": 0},
+    "anchor, programs": {"anchor": "programs", "first.epochs": 0, "second.epochs": 0},
     "no transport": {"loss.match": "none"},
     "mmd": {"loss.match": "mmd"},
     "no flow": {"network.refiner": "none"},
