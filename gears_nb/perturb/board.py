@@ -111,10 +111,11 @@ def _bases(screen: Screen, bases: np.ndarray, member: np.ndarray, groups: np.nda
     own = bases[np.isin(member[bases], np.unique(groups))]
     return own if len(own) else bases[screen.line[bases] == line]
 
-# %% ../../nbs/perturb/17_board.ipynb #6f7e6fe5
+# %% ../../nbs/perturb/17_board.ipynb #83e85fa6
 METHODS: dict[str, dict[str, Any]] = {
     "perturb": {},
-    "anchor": {"first.epochs": 0, "second.epochs": 0},
+    "auto": {"first.epochs": 0, "second.epochs": 0},
+    "anchor": {"anchor": "both", "first.epochs": 0, "second.epochs": 0},
     "source": {"anchor": "none", "loss.pairing": "random", "loss.population": 0.0, "network.heads_see_context": False, "network.forget": 0.0},
     "no anchor": {"anchor": "none"},
     "anchor, genes": {"anchor": "genes", "first.epochs": 0, "second.epochs": 0},
@@ -153,7 +154,7 @@ def answer(t: Task, method: str, seed: int, level: str, changes: Mapping[str, An
     describer = fitted.describer.with_lines(t.screen, t.X, t.parts.given)
     fitted = replace(fitted, describer=describer, anchor=None if fitted.anchor is None else replace(fitted.anchor, kinship=describer.kinship))
     made, moved = zip(*(predicted(fitted, c, table.take(np.full(len(c), i)), t.screen.batch[rows]) for i, (c, rows) in enumerate(zip(starts, t.controls))))
-    return np.stack([m.mean(0) for m in moved]), list(made), {"share": fitted.share}
+    return np.stack([m.mean(0) for m in moved]), list(made), {"share": fitted.share, "plain": "" if fitted.anchor is None else fitted.anchor.plain}
 
 # %% ../../nbs/perturb/17_board.ipynb #20e288ae
 def board_row(dataset: str, how: str, method: str, seed: int, level: str = "toy", inner: bool = False, changes: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ class LossConfig(Section):
         if not (self.delta or self.leading or self.population):
             raise InputError("config", "delta", "has no weight, nor have leading and population: there is nothing to learn", "give one of them a weight")
 
-# %% ../../nbs/perturb/00_settings.ipynb #199a84fc
+# %% ../../nbs/perturb/00_settings.ipynb #744ce0d6
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig(Section):
     "All settings of `Perturb` (`perturb.perturb`)."
@@ -63,7 +63,7 @@ class PerturbConfig(Section):
     profile: str  # where the other values come from
     n_hvg: Size | None = by_profile(200, 4000, 4000)  # highly variable genes; None: all
     min_share: Share = 0.01  # of training cells in which a gene is detected
-    anchor: Literal["both", "genes", "programs", "none"] = "both"  # views of the closed-form estimate that the network adds to (source: none)
+    anchor: Literal["auto", "both", "genes", "programs", "none"] = "auto"  # the closed-form estimate that the network adds to, or its views; auto: a plain method where that is better in rehearsal (source: none)
     network: NetworkConfig
     loss: LossConfig = LossConfig()
     groups: Size = by_profile(4, 16, 16)  # conditions per step
@@ -81,4 +81,4 @@ class PerturbConfig(Section):
 
     def _together(self) -> None:
         if self.anchor == "none" and not self.trains:
-            raise InputError("config", "anchor", "is none, and there are no epochs: nothing would be predicted", "set anchor=both, or give epochs")
+            raise InputError("config", "anchor", "is none, and there are no epochs: nothing would be predicted", "set anchor=auto, or give epochs")
