@@ -11,12 +11,24 @@ LOWER = ("core", "geometry", "data", "lab", "encoder", "targets", "models", "str
 name = lambda path: path.relative_to(NBS).as_posix()
 
 
+def draw_once():
+    """A figure that a page shows is drawn once. IPython draws it three times (when the cell ends, for its borders, and with
+    four times the pixels of a screen), which took a third of the time of a page with figures; nobody sees these."""
+    from IPython.core import pylabtools
+    from matplotlib import pyplot
+
+    pyplot.draw_all = lambda force=False: None
+    small = lambda fig, base64=False: pylabtools.print_figure(fig, "png", bbox_inches=None, base64=base64)
+    pylabtools.retina_figure = lambda fig, base64=False, **_: (small(fig, base64), {}) if fig.axes or fig.lines else None
+
+
 def run_alone(path):
     """Run a notebook in this process, which ends with it: exit status 0 if it passed."""
     import matplotlib
     from nbdev.test import test_nb as run_page
 
     matplotlib.use("Agg")
+    draw_once()
     os.cpu_count = lambda: 1  # experiments open a process pool for every core
     os.chdir(path.parent)
     passed, _ = run_page(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)

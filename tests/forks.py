@@ -6,6 +6,9 @@ itself may wait for ever: threads that an earlier test has started (numba's unde
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,27 @@ def ended(process, seconds=120):
     process.kill()
     process.join()
     return code
+
+
+def command(*words, folder=".", seconds=120):
+    """`gears` with these words, in `folder`: a process of its own that has imported everything; what `subprocess.run` gives, with text.
+
+    That the installed script starts is asked by tests/test_cli.py; there and where a run is killed, a new Python is started.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        said = [Path(home) / name for name in ("out", "err")]
+        code = ended(start(_gears, [str(w) for w in words], str(folder), [str(path) for path in said]), seconds)
+        assert code is not None, f"gears {' '.join(map(str, words))}: still running after {seconds} s"
+        return subprocess.CompletedProcess(["gears", *words], code, *(path.read_text() if path.is_file() else "" for path in said))
+
+
+def _gears(words, folder, said):
+    os.chdir(folder)
+    for number, path in enumerate(said, 1):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.argv = ["gears", *words]
+    from gears_nb.runs.cli import main
+    sys.exit(main(words))

@@ -290,7 +290,7 @@ def test_a_notebook_that_refuses_its_input_is_bad_input(tmp_path, capsys):
 def test_help_is_light_and_fast():
     """No heavy package is imported for help, list or an early refusal; as a process it takes less than a second."""
     heavy = "{'torch', 'scanpy', 'anndata', 'papermill', 'plotly', 'ot', 'umap', 'pandas', 'sklearn', 'matplotlib', 'lightning_fabric'}"
-    for argv in (["--help"], ["list"], ["reconstruct", "--slides", "x.h5ad", "--cells", "y.h5ad", "--out", "z.h5ad"], ["explore", "x.h5ad"], ["explore", "--help"]):
+    for argv in (["--help"], ["list"], ["reconstruct", "--slides", "x.h5ad", "--cells", "y.h5ad", "--out", "z.h5ad"], ["explore", "x.h5ad"], ["explore", "--help"], ["perturb", "fit", "--help"]):
         code = f"import sys; from gears_nb.runs.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\nprint({heavy} & set(sys.modules), file=sys.stderr)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stderr.splitlines()[-1] == "set()", (argv, done.stderr)

@@ -1,13 +1,11 @@
 """`gears diagnose`: planted causes are found, absent ones are not, the page stands alone, bad input is one line and writes nothing."""
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
+from forks import command, forked
 
 from gears_nb.core.errors import InputError
 from gears_nb.data.simulator import simulate
@@ -16,7 +14,6 @@ from gears_nb.lab.findings import SEVERITIES
 from gears_nb.runs.cli import main
 from gears_nb.runs.diagnose_report import diagnose_files, render_diagnosis, write_report
 
-GEARS = str(Path(sys.executable).parent / "gears")
 SEED = 33  # not one of the switchboard's
 
 
@@ -136,11 +133,11 @@ def test_the_page_is_text_before_it_is_a_file(found, tmp_path):
     assert not re.search(r"[{\[]&#x27;|[{\[]\d|\.\d*[1-9]\d{4}|>True<|>None<", re.sub(r"<code>.*?</code>", "", tables)), "raw Python on the page"
 
 
+@forked
 def test_command(files, found, tmp_path):
     """As a user calls it: text on stdout, progress on stderr, a page; the same findings as in Python."""
     page = tmp_path / "new" / "out.html"
-    done = subprocess.run([GEARS, "diagnose", "--slides", *slides_of(files), "--cells", str(files / "cells.h5ad"), "--report", str(page), "--profile", "smoke",
-                           "--no-training"], capture_output=True, text=True, timeout=300)
+    done = command("diagnose", "--slides", *slides_of(files), "--cells", files / "cells.h5ad", "--report", page, "--profile", "smoke", "--no-training", seconds=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {page}" and "Traceback" not in done.stderr and "diagnose:" in done.stderr
     assert all(f.summary in done.stdout for f in found.findings) and page.stat().st_size < 300_000

@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forks import command, forked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -282,6 +281,7 @@ def test_gears_learns_places_saves_and_loads(tmp_path):
     assert torch.equal(again.fitted.models[0].sd, g.fitted.models[0].sd)
 
 
+@forked
 def test_the_command_line_takes_a_kind_of_model(tmp_path, monkeypatch, capsys):
     "A right name in a process of its own; a wrong one is one line and exit code 2, and nothing is written."
     for name, table in zip("abq", simulate("tiny", seed=0).slides):
@@ -297,8 +297,7 @@ def test_the_command_line_takes_a_kind_of_model(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1 and "did you mean 'gears-v2'" in said
     words += ["gears_v2", "--set", "structure.epochs=1", "structure.guess_epochs=1", *small]
-    right = subprocess.run([sys.executable, "-c", "import sys; from gears_nb.runs.cli import main; sys.exit(main())", *words],
-                           capture_output=True, text=True, timeout=120)
+    right = command(*words)
     assert right.returncode == 0 and "cells placed: r.h5ad" in right.stdout, right.stderr
     made = Gears.load(tmp_path / "m").config.structure.model
     assert (made.name, made.settings["dims"]) == ("gears-v2", 6)

@@ -10,6 +10,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from book import run_alone
+from forks import ended, forked, start
 
 from gears_nb.core.config import at_profile
 from gears_nb.core.errors import InputError
@@ -112,14 +114,13 @@ def test_gears_takes_a_model_by_name_and_says_at_once_what_is_wrong():
 
 def test_names_are_lazy_and_do_not_depend_on_imports():
     code = ("import sys; from gears_nb.models.catalogue import addresses, model_class; assert not {'gears_nb.structure.rungs', 'gears_nb.generators.small_vae'} & set(sys.modules); "
-            "assert 'd7' in addresses(); print(model_class(sys.argv[1]).__name__)")
-    for name, kind in (("d7", "D7"), ("small-vae", "SmallVAE")):
-        assert subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout.strip() == kind
-    code = ("import pkgutil, importlib, gears_nb; from gears_nb.models import catalogue; before = catalogue.addresses(); "
+            "assert 'd7' in addresses(); print(*(model_class(name).__name__ for name in ('d7', 'small-vae')))\n"
+            "import pkgutil, importlib, gears_nb; from gears_nb.models import catalogue; before = catalogue.addresses()\n"
             "[importlib.import_module(m.name) for c in ('encoder', 'targets', 'models', 'structure', 'generators', 'reconstruct') "
             "for m in pkgutil.iter_modules([f'{gears_nb.__path__[0]}/{c}'], f'gears_nb.{c}.')]; "
             "assert catalogue.addresses() == before and not catalogue._given; print(len(before))")
-    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) >= len(BUILT_IN)
+    *names, count = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert names == ["D7", "SmallVAE"] and int(count) >= len(BUILT_IN)
     assert set(BUILT_IN) <= set(MODELS) == set(addresses())
     with pytest.raises(InputError, match="did you mean 'topo'"):
         model_class("topoo")
@@ -211,18 +212,15 @@ assert "attention" in views
 ''']
 
 
-def test_a_stranger_adds_a_model_in_one_notebook(tmp_path):
+@forked
+def test_a_stranger_adds_a_model_in_one_notebook(tmp_path, monkeypatch):
     "Defined, trained, reconstructed, traced, saved, explored and compared with `plain`, outside the package; no file of the repository is touched."
     root = Path(__file__).resolve().parents[1]
     before = {p: p.stat().st_mtime_ns for p in (root / "gears_nb").rglob("*.py")}
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"folder = {str(tmp_path)!r}"), *map(nbformat.v4.new_code_cell, NOTEBOOK)])
+    book.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(book, tmp_path / "stranger.ipynb")
-    code = ("import json, sys\nfrom execnb.nbio import read_nb\nfrom execnb.shell import CaptureShell\n"
-            f"shell = CaptureShell()\nshell.run_all(read_nb({str(tmp_path / 'stranger.ipynb')!r}), exc_stop=True)\n"
-            "assert not shell.exc, shell.exc")
-    env = {"GEARS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    import os
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("GEARS_CACHE", str(tmp_path / "cache"))
+    assert ended(start(run_alone, tmp_path / "stranger.ipynb"), seconds=170) == 0, "its error is printed above"
     assert {p: p.stat().st_mtime_ns for p in (root / "gears_nb").rglob("*.py")} == before
     assert json.loads((tmp_path / "stranger" / "gears.json").read_text())["meta"]["config"]["structure"]["model"] == {"name": "stranger", "settings": {"width": 8}}

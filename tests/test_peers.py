@@ -1,6 +1,5 @@
 """Published tools run in a process of their own, see no place of the query, and never take a table down."""
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from forks import command, forked
 
 from gears_nb.benchmark import adapters, own, peers
 from gears_nb.benchmark.peers import PEERS, Peer, PeerFailed, ask, install_peer, peer_row, peer_rows, pooled, read_pins
@@ -233,17 +233,15 @@ def files(tmp_path_factory):
     return folder
 
 
-def shell(folder, *more, cells="q.h5ad"):
+def shell(folder, monkeypatch, *more, cells="q.h5ad"):
     """`gears benchmark` as a process of its own."""
-    command = [sys.executable, "-c", "import sys; from gears_nb.runs.cli import main; sys.exit(main())", "benchmark", "--slides", "a.h5ad", "b.h5ad",
-               "--cells", cells, "--profile", "smoke", "--quiet", *more]
-    root = Path(peers.__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "GEARS_CACHE": str(folder / "cache"), "PYTHONPATH": path})
+    monkeypatch.setenv("GEARS_CACHE", str(folder / "cache"))
+    return command("benchmark", "--slides", "a.h5ad", "b.h5ad", "--cells", cells, "--profile", "smoke", "--quiet", *more, folder=folder)
 
 
-def test_benchmark_from_a_shell(files):
-    done = shell(files, "--methods", "gears,h_knn20,knn5,random,tangram", "--out", "t.csv", "--report", "t.html")
+@forked
+def test_benchmark_from_a_shell(files, monkeypatch):
+    done = shell(files, monkeypatch, "--methods", "gears,h_knn20,knn5,random,tangram", "--out", "t.csv", "--report", "t.html")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(files / "t.csv").set_index("method")
     assert set(table.index) == {"gears", "h_knn20", "knn5", "random", "tangram"} and table.loc["tangram", "failed"].endswith("gears peers install tangram")
@@ -258,10 +256,11 @@ def here(folder, monkeypatch, *more, cells="q.h5ad"):
     return main(["benchmark", "--slides", "a.h5ad", "b.h5ad", "--cells", cells, "--profile", "smoke", "--quiet", *more])
 
 
+@forked
 def test_benchmark_is_repeatable(files, monkeypatch):
     """Also in another process."""
     asked = ("--methods", "knn5,extratrees", "--seed", "3", "--out")
-    assert shell(files, *asked, "x.json").returncode == here(files, monkeypatch, *asked, "y.json") == 0
+    assert shell(files, monkeypatch, *asked, "x.json").returncode == here(files, monkeypatch, *asked, "y.json") == 0
     rows = [[{k: v for k, v in row.items() if k not in ("seconds", "peak_rss_mb")} for row in json.loads((files / name).read_text())["rows"]] for name in ("x.json", "y.json")]
     assert rows[0] == rows[1] and rows[0][0]["seed"] == 3
 

@@ -1,13 +1,11 @@
 """Several draws of one tissue: spread of distances, sections, refusals, the command line."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
+from forks import command, forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +16,6 @@ from gears_nb.reconstruct.samples import reconstruct_samples, spread_of
 from gears_nb.reconstruct.settings import profile
 from gears_nb.runs.cli import main
 
-GEARS = str(Path(sys.executable).with_name("gears"))
 SMALL = {"progress": False, "structure.miniset": 48, "structure.guess_epochs": 4, "structure.epochs": 4}
 
 
@@ -69,6 +66,7 @@ def test_a_model_with_one_answer_says_so_and_one_sample_is_refused(drawing, tiss
         reconstruct_samples(drawing, cells, samples=2)
 
 
+@forked
 def test_the_command_writes_the_spread_and_refuses_none(drawing, tissue, tmp_path, monkeypatch, capsys):
     drawing.save(tmp_path / "model")
     tissue[1].write_h5ad(tmp_path / "q.h5ad")
@@ -78,6 +76,6 @@ def test_the_command_writes_the_spread_and_refuses_none(drawing, tissue, tmp_pat
     assert main([*ask, "0"]) == 2 and not (tmp_path / "r.h5ad").exists()
     said = capsys.readouterr().err
     assert "--samples" in said and said.strip().count("\n") == 0
-    made = subprocess.run([GEARS, *ask, "2"], capture_output=True, text=True)
+    made = command(*ask, "2")
     assert made.returncode == 0, made.stderr
     assert np.isfinite(ad.read_h5ad(tmp_path / "r.h5ad").obs["gears_spread"]).all()

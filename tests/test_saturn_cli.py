@@ -1,14 +1,14 @@
-"""`gears saturn` as a subprocess: files in, one table out, and one line for what cannot be used."""
-import subprocess
-import sys
-from pathlib import Path
-
+"""`gears saturn` as a process of its own: files in, one table out, and one line for what cannot be used."""
 import numpy as np
 import pytest
 from anndata import read_h5ad
+from forks import command, forked
 
 from gears_nb.data.io import write_h5ad
 from gears_nb.saturn.simulator import simulate_species
+
+
+pytestmark = forked
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def home(tmp_path_factory):
 
 
 def saturn(home, *args):
-    return subprocess.run([str(Path(sys.executable).parent / "gears"), "saturn", *args], cwd=home, capture_output=True, text=True, timeout=120)
+    return command("saturn", *args, folder=home)
 
 
 GIVEN = ("--species", "human=human.h5ad", "mouse=mouse.h5ad", "--embeddings", "human=human.npz", "mouse=mouse.npz")

@@ -86,7 +86,7 @@ def fit_normaliser(screen: Screen, rows: np.ndarray, *, n_hvg: int | None = 4000
     ends = (float(np.log10(dose.min())), float(np.log10(dose.max()))) if len(dose) else (0.0, 0.0)
     return Normaliser(seen, screen.genes[seen], mean.astype(np.float32), spread.astype(np.float32), ends)
 
-# %% ../../nbs/perturb/03_prepare.ipynb #fb54916a
+# %% ../../nbs/perturb/03_prepare.ipynb #b700d905
 @dataclass(frozen=True)
 class Deltas:
     "Differences between treated and control cells, one row per condition; `sampling`: variance of one cell of the gene, within conditions."
@@ -101,12 +101,9 @@ class Deltas:
 def partners(screen: Screen, given: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Which controls every cell is compared with: number of its group `(n,)`, group of every control cell `(n,)` (-1: in none), and the groups' names.
 
-    `given`: mask of cells whose controls may be used. Groups are (line, batch), and the line alone for cells whose batch has no controls. Raises `InputError` for a line without any."""
+    `given`: mask of cells whose controls may be used. Groups are (line, batch), and the line alone for cells whose batch has no controls; a line without any is a group without members."""
     here = given & screen.control
     pair = np.char.add(np.char.add(screen.line.astype(str), "\x1f"), screen.batch.astype(str))
-    lonely = sorted(set(screen.line[~screen.control]) - set(screen.line[here]))
-    if lonely:
-        raise InputError("screen", "perturbation", f"line {lonely[0]!r} has no {CONTROL!r} cells", "name its controls, or leave the line out")
     own = np.isin(pair, pair[here])
     names, number = np.unique(np.where(own, pair, screen.line.astype(str)), return_inverse=True)
     return number, np.where(here, number, -1), [str(name) for name in names]
@@ -124,13 +121,16 @@ def control_means(screen: Screen, X: sp.csr_matrix, given: np.ndarray) -> tuple[
         means[place], size[place] = mean[[name in names for name in found]], np.unique(label, return_counts=True)[1][[name in names for name in found]]
     return means, size, number
 
-# %% ../../nbs/perturb/03_prepare.ipynb #a03ab786
+# %% ../../nbs/perturb/03_prepare.ipynb #2489b8c3
 def deltas(screen: Screen, X: sp.csr_matrix, rows: np.ndarray, given: np.ndarray) -> Deltas:
     "`Deltas` of the treated cells of mask `rows`, compared with the controls in mask `given`. `X`: logarithmic values `(n, k)` of all cells."
     treated = np.flatnonzero(rows & ~screen.control)
     if not len(treated):
         raise InputError("screen", "split", "has no treated cells", "choose another split")
     means, size, number = control_means(screen, X, given)
+    if (size[number[treated]] == 0).any():
+        line = screen.line[treated][size[number[treated]] == 0][0]
+        raise InputError("screen", "perturbation", f"line {str(line)!r} has no {CONTROL!r} cells", "name its controls, or leave the line out")
     table, own = conditions(screen, treated)
     label = np.char.zfill(own.astype(str), 9)
     base = sp.csr_matrix((np.ones(len(treated)), (own, number[treated])), shape=(len(table), len(means)))

@@ -35,7 +35,7 @@ __all__ = ['CONTROLS', 'ABSENT', 'FACTORS', 'DOSE', 'KEYS', 'CHUNK_ROWS', 'CHUNK
            'many', 'fold', 'merged', 'split_name', 'texts', 'clean_names', 'factor', 'split_dose', 'named_unit',
            'plain_key', 'unit_column', 'knows_unit', 'read_doses', 'find_columns', 'control_names', 'marked_controls',
            'with_controls', 'read_labels', 'structures', 'Table', 'opened', 'read_rows', 'are_counts', 'choose_place',
-           'read_values', 'chosen_rows', 'read_screen', 'report', 'check_screen']
+           'read_values', 'chosen_rows', 'read_screen', 'report', 'check_screen', 'read_controls']
 
 # %% ../../nbs/perturb/02_reading.ipynb #b3c31cc4
 @dataclass(frozen=True)
@@ -628,3 +628,26 @@ def check_screen(screen: Screen) -> tuple[str, ...]:
     lines = [(alone, "batches have no controls and are compared with those of the whole line"),
              (found.take(small).names, f"of {len(found)} conditions have fewer than {FEW_CELLS} cells"), (idle, "lines have no treated cells")]
     return tuple(f"{len(names)} {text} ({some(names)})" for names, text in lines if names)
+
+# %% ../../nbs/perturb/02_reading.ipynb #3c321175
+def read_controls(source: AnnData | str | Path, genes: Sequence[str], *, control: str | Sequence[str] | None = None, unit: str | None = None,
+                  layer: str | None = None, **keys: str | None) -> Screen:
+    """Control cells of a table or file as a `Screen` with the columns `genes`; all cells are controls if nothing in the file says otherwise,
+    or with `perturbation_key="none"`. Raises `InputError` as `read_screen`, and without controls."""
+    with opened(source) as table:
+        told, obs, named = Told(table.source), table.obs, keys.get("perturbation_key")
+        if named == "none" or (named is None and not any(plain_key(name) in KEYS["perturbation"] for name in obs.columns)):
+            marked = marked_controls(obs)
+            obs = obs.assign(perturbation=np.where(marked | (not marked.any()), CONTROL, ""))
+            keys = {**keys, "perturbation_key": "perturbation"}
+        columns = find_columns(obs, {role: keys.get(f"{role}_key") for role in KEYS}, unit, told)
+        labels = read_labels(obs, columns, control, unit, told)
+        rows = np.flatnonzero((labels["perturbation"] == CONTROL) & (labels["line"] != ""))
+        if not len(rows):
+            remedy = f"name them: {option('control', 'NAME')}; or {option('perturbation_key', 'none')} if all cells are untouched"
+            raise told.refused("perturbation", "there are no control cells", remedy)
+        values, names, counts = read_values(table, choose_place(table, layer, rows, told), rows, list(genes), told)
+        line, batch = (labels[role].to_numpy(str)[rows] for role in ("line", "batch"))
+        cells, nothing = np.asarray(obs.index[rows], dtype=str), np.full(len(rows), np.nan)
+        own = Screen(values, counts, names, cells, np.full(len(rows), CONTROL), nothing, line, batch, notes=tuple(told.notes))
+    return own.take(np.diff(values.indptr) > 0)

@@ -49,7 +49,7 @@ def check_space(space: Space, first: Mapping[str, Any]) -> None:
     if first and set(first) != set(space):
         raise InputError("tuning", "first", f"names {', '.join(sorted(set(first) ^ set(space)))} in one of two places", "give the first trial every setting of the space, and no other")
 
-# %% ../../nbs/perturb/23_tuning.ipynb #4deeb24d
+# %% ../../nbs/perturb/23_tuning.ipynb #f9ea9373
 Objective = Callable[[dict[str, Any]], Mapping[str, float]]
 "Settings to a mapping with `value`, which is minimised, and anything else worth keeping."
 
@@ -77,7 +77,7 @@ def _next(done: optuna.Study, objective: Objective, space: Space, seed: int, fir
     memory.tell(trial, value if np.isfinite(value) else None, state=state.COMPLETE if np.isfinite(value) else state.FAIL)
     return memory.trials[-1]
 
-
+# %% ../../nbs/perturb/23_tuning.ipynb #32b244b3
 def _opened(name: str, folder: Path, identity: str) -> optuna.Study:
     "The study in its file in `folder`. Raises `InputError` if it was begun otherwise."
     made = _optuna().create_study(study_name=name, storage=f"sqlite:///{folder / f'{name}.sqlite'}", load_if_exists=True)

@@ -50,6 +50,8 @@ _EXAMPLES = """examples
   gears peers install tangram                             a published tool, to stand in that table
   gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
   gears saturn --species human=H.h5ad mouse=M.h5ad --embeddings human=H.npz mouse=M.npz --out both.h5ad   one space for two species
+  gears perturb fit --screen S.h5ad --model M             learn from a screen of drugs, guides or cytokines; then, for conditions nobody measured:
+  gears perturb predict --model M --perturbation A B+C --dose 100 1000 --line K562 --out P.h5ad
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -77,7 +79,6 @@ examples
   gears explore placed.h5ad --model-dir model
   gears explore placed.h5ad --model-dir model --export placed.html
 """
-
 
 # %% ../../nbs/runs/05_cli.ipynb #a63a7ea1
 def _table_arguments(add: Callable[..., Any]) -> None:
@@ -168,7 +169,82 @@ def _saturn_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as macrogenes=500 or triplets.mining=hard")
     add("--quiet", action="store_true", help="no progress bar")
 
+# %% ../../nbs/runs/05_cli.ipynb #86b7c60d
+_SCREEN = """what a screen is
+  An .h5ad (or Zarr store) of cells with raw counts in X, and in obs what was done to each: a column of perturbations, with untouched cells under
+  a usual name (DMSO, control, vehicle, non-targeting, ...), and where there are any, columns of doses, cell lines, batches and structures
+  (SMILES). Usual names of columns are found; what was found, guessed or left out is printed before training. A+B is a combination.
 
+doses are in nanomolar (nM), unless the value ('10 uM'), a column of units, the name of the column (dose_uM) or --unit says otherwise
+
+what a model should expect (--expects): what is learned is tuned by hiding conditions as they will be asked for
+  pair          a known perturbation in a known line where the two did not meet (default)
+  perturbation  perturbations that were never seen; needs structures in the screen, or --descriptors
+  line          cell lines that were never seen; predict takes their untouched cells with --controls
+  dose, combination, batch, random   new doses, new combinations, new batches, more of the same
+
+examples
+  gears perturb fit --screen screen.h5ad --model model
+  gears perturb fit --screen guides.h5ad --model model --perturbation-key guide --control NTC --expects perturbation --descriptors genes.csv
+  gears perturb fit --screen screen.h5ad --model quick --profile smoke --set network.refiner=none
+"""
+_PREDICT = """what comes out: OUT.h5ad with a row per predicted cell (a control cell after treatment; log2(CP10K + 1) if the screen held counts)
+  layers['control']   the same cell before;  obs['control']: its name
+  obs['line'], obs['perturbation'], obs['dose'] (nM)
+  obs['rests_on']     seen: all parts were in the screen; descriptor: something similar was; mean: nothing is known, the average effect
+
+all combinations of perturbations, doses and lines are predicted, each from --cells control cells of its line
+
+examples
+  gears perturb predict --model model --perturbation vorinostat JQ1+trametinib --dose 100 1uM --line K562 --out predicted.h5ad
+  gears perturb predict --model model --perturbation vorinostat --dose 1000 --line HeLa --controls hela.h5ad --out hela_predicted.h5ad
+"""
+
+# %% ../../nbs/runs/05_cli.ipynb #223279ad
+_RULES = ("pair", "perturbation", "line", "dose", "combination", "batch", "random")
+
+
+def _screen_arguments(add: Callable[..., Any]) -> None:
+    """How screens and control cells are read."""
+    add("--control", nargs="+", metavar="NAME", help="what untouched cells are called (default: the usual names, else a column control)")
+    columns = {"perturbation": "what was done", "dose": "doses", "line": "cell lines or types", "batch": "plates or replicates", "smiles": "structures"}
+    for role, what in columns.items():
+        add(f"--{role}-key", metavar="COLUMN", help=f"obs column of {what} (default: found by its name; none: read without)")
+    add("--unit", metavar="UNIT", help="of doses that have none: pM, nM (default), uM, mM, M")
+    add("--layer", metavar="NAME", help="where the values are (default X, or where the counts are; raw: .raw)")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _perturb_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears perturb` takes: one of two steps."""
+    steps = parser.add_subparsers(dest="step", metavar="fit|predict", required=True)
+    fit = steps.add_parser("fit", help="learn from a screen and save the model", epilog=_SCREEN, description="Learn from a perturbation screen and save the model.")
+    add = fit.add_argument
+    add("--screen", required=True, metavar="FILE.h5ad", help="cells, treated and untouched (see below)")
+    add("--model", required=True, metavar="DIR", help="where the model goes: a new or empty folder")
+    add("--expects", choices=_RULES, default="pair", metavar="RULE", help="what it will be asked (see below; default pair)")
+    add("--descriptors", metavar="FILE",
+        help="numbers for every perturbation: .csv, .tsv, .parquet (name first) or .npz (names, values); default: fingerprints of structures in the screen")
+    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default), paper")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same data: same model (default 0)")
+    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as n_hvg=2000, network.refiner=none or second.epochs=40")
+    _screen_arguments(add)
+    predict = steps.add_parser("predict", help="predict cells with a saved model", description="Predict cells under conditions that nobody measured.", epilog=_PREDICT)
+    _ask_arguments(predict.add_argument)
+    _screen_arguments(predict.add_argument)
+
+
+def _ask_arguments(add: Callable[..., Any]) -> None:
+    """What `gears perturb predict` is asked."""
+    add("--model", required=True, metavar="DIR", help="a folder written by gears perturb fit")
+    add("--perturbation", nargs="+", required=True, metavar="NAME", help="one or more; A+B is both together")
+    add("--dose", nargs="+", default=[], metavar="DOSE", help="in nanomolar, or with a unit (1uM); none for screens without doses")
+    add("--line", nargs="+", default=[], metavar="NAME", help="cell lines (default: all that have control cells)")
+    add("--controls", metavar="FILE.h5ad", help="start from the untouched cells of this file (default: those of the screen); the options below say how it is read")
+    add("--cells", type=int, default=200, metavar="N", help="predicted cells per condition, at most (default 200; no more than there are controls)")
+    add("--out", required=True, metavar="OUT.h5ad", help="the predicted cells (see below)")
+
+# %% ../../nbs/runs/05_cli.ipynb #c4198c8e
 def _explore_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears explore` takes."""
     add = parser.add_argument
@@ -238,6 +314,10 @@ def build_parser() -> argparse.ArgumentParser:
     _peers_arguments(add("peers", "published tools for `gears benchmark`, each in an environment of its own", "examples\n  gears peers list\n  gears peers install moscot"))
     _saturn_arguments(add("saturn", "one space for cells of several species, by the proteins of their genes",
                           "example\n  gears saturn --species human=h.h5ad mouse=m.h5ad --embeddings human=p.npz mouse=p.npz --transfer human mouse --out both.h5ad"))
+    _perturb_arguments(add("perturb", "predict cells under drugs, guides or doses that were not measured: fit, then predict",
+                           "examples\n  gears perturb fit --screen screen.h5ad --model model\n"
+                           "  gears perturb predict --model model --perturbation A B+C --dose 100 1000 --line K562 --out predicted.h5ad\n"
+                           "more: gears perturb fit --help, gears perturb predict --help"))
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
@@ -443,6 +523,22 @@ def _saturn(args: argparse.Namespace) -> int:
     return 0
 
 
+def _perturb(args: argparse.Namespace) -> int:
+    from functools import partial
+
+    from gears_nb.runs.screens import fit_screen_file, predict_file
+    reading = {name: getattr(args, name) for name in ("control", "perturbation_key", "dose_key", "line_key", "batch_key", "smiles_key", "unit", "layer")}
+    if args.step == "fit":
+        fit_screen_file(args.screen, args.model, descriptors=args.descriptors, expects=args.expects, profile=args.profile, seed=args.seed, overrides=args.overrides,
+                        progress=not args.quiet, say=partial(print, flush=True), **reading)
+        return 0
+    done = predict_file(args.model, args.perturbation, args.out, dose=args.dose, line=args.line, controls=args.controls, cells=args.cells,
+                        progress=not args.quiet, **reading)
+    print("\n".join(done.table))
+    print(f"{done.cells} cells of {done.conditions} conditions, {done.genes} genes: {done.out}")
+    return 0
+
+# %% ../../nbs/runs/05_cli.ipynb #4689444f
 def _run(args: argparse.Namespace) -> int:
     from gears_nb.lab.runner import parse_assignments, run
     if args.name == "all":
@@ -470,7 +566,7 @@ def _run_all(profile: str | None) -> int:
 
 
 _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness,
-             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "list": _list,
+             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "perturb": _perturb, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
 # %% ../../nbs/runs/05_cli.ipynb #270041c2
@@ -491,7 +587,7 @@ def _teller() -> Callable[..., None]:
 
 
 _EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "igraph", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
-           "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",)}
+           "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",), "perturb": ("rdkit", "optuna", "gseapy")}
 
 
 class _Terminated(KeyboardInterrupt):
