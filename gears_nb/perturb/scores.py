@@ -21,7 +21,7 @@ from .prepare import Deltas
 from .screens import Screen, conditions
 
 # %% auto #0
-__all__ = ['LEAST', 'TOPS', 'WIDTHS', 'CELLS', 'FEWEST', 'VARIABLE', 'POPULATION', 'leading', 'leading_all', 'cosine',
+__all__ = ['LEAST', 'TOPS', 'WIDTHS', 'ENOUGH', 'CELLS', 'FEWEST', 'VARIABLE', 'POPULATION', 'leading', 'leading_all', 'cosine',
            'mean_scores', 'rank_of_truth', 'energy_distance', 'squared_unit', 'mmd', 'Basis', 'fit_basis', 'some_cells',
            'gene_correlation', 'population_scores', 'curve_scores', 'paired_interval']
 
@@ -177,14 +177,19 @@ class Basis:
         return np.asarray(X @ self.components.T) - self.mean @ self.components.T
 
 
+ENOUGH = 20_000  # cells
+
+
 def fit_basis(X: Matrix, dim: int = 50, seed: int = 0) -> Basis:
     """A `Basis` of at most `dim` components of training cells `X` `(n, g)` (log2, sparse or dense; sparse stays sparse), by sklearn.
 
-    Raises `InputError` for fewer than three cells or genes."""
+    Of more than `ENOUGH` cells as many are drawn. Raises `InputError` for fewer than three cells or genes."""
     from sklearn.decomposition import PCA
 
     if min(X.shape) < 3:
         raise InputError("fit_basis", "X", f"has shape {X.shape}", "give three training cells and genes or more")
+    if X.shape[0] > ENOUGH:  # arpack wants float64, and time linear in cells
+        X = X[np.sort(np_rng(seed, "perturb", "basis").choice(X.shape[0], ENOUGH, replace=False))]
     state = stream_seed(seed, "perturb", "basis") % 2**32
     made = PCA(min(dim, min(X.shape) - 1), svd_solver="arpack", random_state=state).fit(X.astype(np.float64))
     return Basis(np.asarray(made.mean_), np.asarray(made.components_))
