@@ -58,7 +58,7 @@ def ended(process, seconds=120):
     return code
 
 
-def command(*words, folder=".", seconds=120):
+def command(*words, folder=".", seconds=300):
     """`gears` with these words, in `folder`: a process of its own that has imported everything; what `subprocess.run` gives, with text.
 
     That the installed script starts is asked by tests/test_cli.py; there and where a run is killed, a new Python is started.

@@ -137,7 +137,7 @@ def test_the_page_is_text_before_it_is_a_file(found, tmp_path):
 def test_command(files, found, tmp_path):
     """As a user calls it: text on stdout, progress on stderr, a page; the same findings as in Python."""
     page = tmp_path / "new" / "out.html"
-    done = command("diagnose", "--slides", *slides_of(files), "--cells", files / "cells.h5ad", "--report", page, "--profile", "smoke", "--no-training", seconds=300)
+    done = command("diagnose", "--slides", *slides_of(files), "--cells", files / "cells.h5ad", "--report", page, "--profile", "smoke", "--no-training")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {page}" and "Traceback" not in done.stderr and "diagnose:" in done.stderr
     assert all(f.summary in done.stdout for f in found.findings) and page.stat().st_size < 300_000

@@ -396,13 +396,11 @@ def test_what_is_learned_does_not_depend_on_test_cells(how, screen):
     assert same(clean, bad)
 
 
-@pytest.mark.xfail(reason="a test cell of a line without controls makes the whole fit fail (partners looks at all cells, not at those that are learned from)", strict=True)
 def test_the_line_of_a_test_cell_does_not_matter(screen):
     held = split(screen, "pair", 0)
     fit_screen(replace(screen, line=np.where(held.test, "elsewhere", screen.line)), held.train, config(**ANCHOR))
 
 
-@pytest.mark.xfail(reason="Perturb.fit(train=split(screen, 'line').train, expects='line') is refused: the held-out line has no control cells among those of training", strict=True)
 def test_a_line_that_was_held_out_can_be_asked_for(screen):
     held = split(screen, "line", 0)
     model = new(**ANCHOR).fit(screen, train=held.train, expects="line")
@@ -784,7 +782,6 @@ def test_inner_tasks_do_not_see_what_the_outer_split_holds_out(small, screen, mo
     assert np.array_equal(clean.basis.components, bad.basis.components) and all(np.array_equal(a, b) for a, b in zip(clean.controls + clean.treated, bad.controls + bad.treated)) and all(np.array_equal(a, b) for a, b in zip(clean.leads, bad.leads))
 
 
-@pytest.mark.xfail(reason="an inner split of a line or a batch is refused: the line that is held out outside has no controls inside", strict=True)
 def test_an_inner_task_of_lines():
     own = simulate_screen(seed=1, n_cells=240, n_genes=20, n_drugs=3, n_modules=3, n_lines=3, doses=(100.0,))[0]
     with pytest.MonkeyPatch.context() as patch:

@@ -93,16 +93,18 @@ def fit_variances(Y: np.ndarray, K: np.ndarray, N: np.ndarray, iterations: int =
     found = logs.detach().clamp(-14, 8).exp().numpy()
     return np.append(found[:-1], 1 + found[-1])
 
-# %% ../../nbs/perturb/09_anchor.ipynb #23704bab
+# %% ../../nbs/perturb/09_anchor.ipynb #37d149e2
 def rehearsal_folds(table: Conditions, expects: str, folds: int = 5, seed: int = 0) -> np.ndarray:
-    "Fold of every condition `(c,)`, held out as rule `expects` of `splits` would: whole perturbations with all combinations that contain them, whole lines, or single conditions."
+    """Fold of every condition `(c,)`, held out as rule `expects` of `splits` would: whole perturbations, lines, or pairs of both with all doses; single conditions otherwise.
+
+    Of combinations one part decides, so that a held-out part may still be taught in another combination: kinder than the split."""
     rng = np_rng(seed, "perturb", "rehearsal")
     if expects == "line":
         label = table.line
     elif expects == "perturbation":
         label = np.array([min(parts(p) or ("",), key=lambda part: stream_seed(seed, part)) for p in table.perturbation])
     else:
-        label = np.array(table.names)
+        label = np.array([f"{m}, {p}" for m, p in zip(table.line, table.perturbation)] if expects == "pair" else table.names)
     names, number = np.unique(label, return_inverse=True)
     return (rng.permutation(len(names)) % min(folds, len(names)))[number]
 

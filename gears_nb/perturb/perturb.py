@@ -72,7 +72,7 @@ def _compressed(descriptors: Descriptors | None, dim: int = 32) -> Descriptors |
     made = (u * s)[:, : min(dim, int((s > 1e-6 * max(s[0], 1e-12)).sum()) or 1)]
     return Descriptors(descriptors.names, (made / max(np.sqrt(np.square(made).sum(1).mean()), 1e-12)).astype(np.float32), "vectors")
 
-# %% ../../nbs/perturb/16_perturb.ipynb #95f70edf
+# %% ../../nbs/perturb/16_perturb.ipynb #37e434d4
 def fit_screen(screen: Screen, train: np.ndarray, config: PerturbConfig, *, given: np.ndarray | None = None, expects: str = "pair", descriptors: Descriptors | None = None, seed: int = 0, checkpoint: Path | None = None) -> Fitted:
     "Learn from the cells in mask `train`; `given`: mask of controls to compare with (None: those of `train`). Raises `InputError` without treated or control cells."
     given = train & screen.control if given is None else given
@@ -82,7 +82,7 @@ def fit_screen(screen: Screen, train: np.ndarray, config: PerturbConfig, *, give
     basis = fit_basis(X[np.flatnonzero(train)], 30, seed)
     known = _described(screen, descriptors)
     describer = Describer(norm, np.array(screen.take(train).singles), np.unique(screen.batch[train]), replace(basis, components=basis.components[:8]), {}, _compressed(known)).with_lines(screen, X, train | given)
-    anchor = None
+    describer, anchor = replace(describer, unit=describer.median_distance()), None
     if config.anchor != "none":
         views = (config.anchor,) if config.anchor in VIEWS else VIEWS
         with working("perturb: anchor", enabled=config.first.progress):
@@ -114,7 +114,7 @@ def _trained(screen: Screen, X: sp.csr_matrix, train: np.ndarray, given: np.ndar
     width = 0 if describer.descriptors is None else describer.descriptors.values.shape[1]
     net = network(len(describer.norm.genes), len(describer.parts), width, describer.basis.components.shape[0], len(describer.batches), config.network, seed, start)
     directions = (basis.components * describer.norm.spread).T
-    tag = "" if checkpoint is None else content_digest(screen.values, *(list(getattr(screen, k)) for k in ("perturbation", "line", "batch")), screen.dose, train, given, offset, digest(config), expects, seed)
+    tag = "" if checkpoint is None else content_digest(screen.values, *(list(getattr(screen, k)) for k in ("perturbation", "line", "batch")), screen.dose, train, given, offset, *([] if describer.descriptors is None else [list(describer.descriptors.names), describer.descriptors.values]), digest(config), expects, seed)
     dealers = part(train & ~held), part(train & held)
     found = fit_network(net, *dealers, directions, config, seed=seed, checkpoint=checkpoint, tag=tag)
     return net, _best_share(net, dealers[1], directions) if anchor is not None else 1.0, {name: h.rows for name, h in found.items()}
@@ -148,7 +148,7 @@ def smallest_as_good(table: np.ndarray) -> int:
     slack = worse.std(0, ddof=1) / np.sqrt(len(table)) if len(table) > 1 else np.full(table.shape[1], np.inf)
     return int(np.argmax(worse.mean(0) <= slack + 1e-12))
 
-# %% ../../nbs/perturb/16_perturb.ipynb #66c46928
+# %% ../../nbs/perturb/16_perturb.ipynb #e9b854d4
 @torch.no_grad()
 def predicted(fitted: Fitted, control: sp.csr_matrix | np.ndarray, asked: Conditions, batch: np.ndarray | None = None, block: int = 2048) -> tuple[np.ndarray, np.ndarray]:
     "Cells `(n, k)` (log2) after treatment, one for each of the control cells `(n, k)`; condition `i` of `asked` is that of cell `i`. Also the differences `(n, k)` that were added."
@@ -164,10 +164,11 @@ def predicted(fitted: Fitted, control: sp.csr_matrix | np.ndarray, asked: Condit
             own = type(facts)(*(getattr(facts, n)[rows].to(device) for n in facts.__dataclass_fields__))
             more = fitted.net(torch.from_numpy(norm.scaled(dense[rows])).to(device), own).delta.cpu().numpy()
             delta[rows] += fitted.share * more * norm.spread
+    delta[asked.perturbation == CONTROL] = 0
     moved = dense + delta
     return (np.maximum(moved, 0) if fitted.counts else moved), delta
 
-# %% ../../nbs/perturb/16_perturb.ipynb #183af688
+# %% ../../nbs/perturb/16_perturb.ipynb #be7a8334
 class Perturb:
     "Predict cells after a perturbation (Sources S1). `profile`: smoke, toy or paper; `settings`: fields of `PerturbConfig` by dotted key; `progress`: show bars (None: as the settings say)."
 
@@ -188,7 +189,9 @@ class Perturb:
         if expects not in RULES:
             raise InputError("perturb", "expects", f"is {expects!r}", f"choose one of {', '.join(RULES)}")
         screen = screen if isinstance(screen, Screen) else read_screen(screen, **reading)
-        train = np.ones(screen.n, bool) if train is None else np.asarray(train, bool)
+        train = np.ones(screen.n, bool) if train is None else np.asarray(train)
+        if train.dtype != bool or train.shape != (screen.n,):
+            raise InputError("perturb", "train", f"has shape {train.shape} and type {train.dtype}", f"give a mask of True and False for the {screen.n} cells")
         self._fitted = fit_screen(screen, train, self.config, expects=expects, descriptors=descriptors, seed=self.seed, checkpoint=None if checkpoint is None else Path(checkpoint))
         kept = np.flatnonzero(train & screen.control)
         kept = np.sort(np_rng(self.seed, "perturb", "controls").permutation(kept)[:KEPT])
@@ -207,7 +210,7 @@ class Perturb:
         "Names of the genes that are predicted `(k,)`."
         return self.fitted.describer.norm.genes
 
-# %% ../../nbs/perturb/16_perturb.ipynb #3cd4667c
+# %% ../../nbs/perturb/16_perturb.ipynb #5f3fae3b
 KEPT = 5000
 "Control cells that a model keeps to start predictions from, at most."
 
@@ -215,6 +218,11 @@ KEPT = 5000
 def ask(perturbation: str | list[str], *, dose: float | list[float] | None = None, line: str | list[str] = "line") -> Conditions:
     "Conditions from words: all combinations of perturbations, doses (nanomolar) and lines."
     listed = lambda v: list(v) if isinstance(v, (list, tuple, np.ndarray)) else [v]
+    for d in listed(dose):
+        if d is not None and not (isinstance(d, (int, float, np.number)) and 0 < d < np.inf):
+            raise InputError("perturb", "dose", f"is {d!r}", "give nanomolar as a positive number, or None without a dose")
+    if not listed(perturbation) or not listed(line) or not listed(dose) or not all(str(p).strip() for p in listed(perturbation)):
+        raise InputError("perturb", "perturbation", "is empty", "name at least one perturbation and line")
     rows = [(m, canonical(p) if "+" in p else p, np.nan if d is None else float(d)) for m in listed(line) for p in listed(perturbation) for d in listed(dose)]
     return Conditions(*(np.array(column) for column in zip(*rows)))
 
@@ -236,6 +244,10 @@ def predict(model: Perturb, asked: Conditions, *, controls: AnnData | Screen | N
 
     fitted, norm = model.fitted, model.fitted.describer.norm
     own = model._controls if controls is None else controls if isinstance(controls, Screen) else read_controls(controls, _all_genes(model), **reading)
+    if own.counts != fitted.counts:
+        raise InputError("perturb", "controls", f"are {'counts' if own.counts else 'logarithms'}, the model learned from {'counts' if fitted.counts else 'logarithms'}", "give the same kind")
+    if cells < 1 or not len(asked):
+        raise InputError("perturb", "cells", f"is {cells} for {len(asked)} conditions", "ask for at least one condition and one cell")
     own = own.take(own.control)
     X, rests = norm.logged(own), fitted.describer.fallback(asked)
     describer = fitted.describer.with_lines(own, X, np.ones(own.n, bool))
@@ -243,7 +255,7 @@ def predict(model: Perturb, asked: Conditions, *, controls: AnnData | Screen | N
     if unknown:
         warnings.warn(f"perturb: nothing is known of {', '.join(unknown[:5])}: predicted as the average perturbation (descriptors= would help)", GearsWarning, stacklevel=2)
     _doses_told(norm, asked)
-    rows = [np_rng(model.seed, "perturb", "cells", i).permutation(_known_line(own, line))[:cells] for i, line in enumerate(asked.line)]
+    rows = [np_rng(model.seed, "perturb", "cells", str(line)).permutation(_known_line(own, line))[:cells] for line in asked.line]
     number, flat = np.repeat(np.arange(len(asked)), [len(r) for r in rows]), np.concatenate(rows)
     part = replace(fitted, describer=describer, anchor=None if fitted.anchor is None else replace(fitted.anchor, kinship=describer.kinship))
     made, _ = predicted(part, X[flat], asked.take(number), own.batch[flat])
@@ -270,7 +282,7 @@ def _all_genes(model: Perturb) -> list[str]:
     "Genes of the screen that was fitted, in its order."
     return [str(g) for g in model._controls.genes]
 
-# %% ../../nbs/perturb/16_perturb.ipynb #34f38bff
+# %% ../../nbs/perturb/16_perturb.ipynb #d4079cbc
 PERTURB_FORMAT = 1
 
 
@@ -294,13 +306,13 @@ def save(model: Perturb, folder: str | Path) -> Path:
     f, c = model.fitted, model._controls
     d, a, words = f.describer, f.anchor, lambda v: [str(x) for x in v]
     described = {name: None if found is None else {"names": words(found.names), "kind": found.kind} for name, found in (("descriptors", d.descriptors), ("similar", None if a is None else a.descriptors))}
-    about = {"format": PERTURB_FORMAT, "config": to_dict(model.config), "seed": model.seed, "share": f.share, "counts": f.counts, "histories": f.histories, "genes": words(d.norm.genes), "dose_ends": list(d.norm.dose_ends),
+    about = {"format": PERTURB_FORMAT, "config": to_dict(model.config), "seed": model.seed, "share": f.share, "unit": d.unit, "counts": f.counts, "histories": f.histories, "genes": words(d.norm.genes), "dose_ends": list(d.norm.dose_ends),
              "parts": words(d.parts), "batches": words(d.batches), "lines": list(d.lines), "all_genes": words(c.genes), "controls": {k: words(getattr(c, k)) for k in ("cells", "line", "batch")},
              "plain": "" if a is None else a.plain, "taught": None if a is None else {k: words(getattr(a.taught.conditions, k)) for k in ("line", "perturbation")}, "network": f.net is not None} | described
     Store(Path(folder)).save("perturb", _arrays(f, c), about)
     return Path(folder)
 
-# %% ../../nbs/perturb/16_perturb.ipynb #7fea3bd8
+# %% ../../nbs/perturb/16_perturb.ipynb #7ac3affb
 def load(folder: str | Path) -> Perturb:
     "Read what `save` wrote. Raises `InputError` for a folder without a model, another version, or a damaged one."
     store = Store(Path(folder))
@@ -313,7 +325,7 @@ def load(folder: str | Path) -> Perturb:
     n = {k: v.numpy() for k, v in tensors.items() if not k.startswith("net.")}
     found = {k: None if about[k] is None else Descriptors(np.array(about[k]["names"]), n[k], about[k]["kind"]) for k in ("descriptors", "similar")}
     norm = Normaliser(n["columns"], np.array(about["genes"]), n["mean"], n["spread"], tuple(about["dose_ends"]))
-    describer = Describer(norm, np.array(about["parts"], str), np.array(about["batches"], str), Basis(n["basis_mean"], n["basis"]), {name: n[f"line_{i}"] for i, name in enumerate(about["lines"])}, found["descriptors"])
+    describer = Describer(norm, np.array(about["parts"], str), np.array(about["batches"], str), Basis(n["basis_mean"], n["basis"]), {name: n[f"line_{i}"] for i, name in enumerate(about["lines"])}, found["descriptors"], about["unit"])
     net = _restored({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}, describer, model.config) if about["network"] else None
     model._fitted = Fitted(describer, _anchor(n, about, describer, found["similar"]), net, about["share"], about["counts"], about["histories"])
     model._controls = _control_cells(n, about)

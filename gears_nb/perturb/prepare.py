@@ -31,7 +31,7 @@ def log_values(screen: Screen, rows: np.ndarray | None = None) -> sp.csr_matrix:
     out.data = np.log2(out.data + 1)
     return out
 
-# %% ../../nbs/perturb/03_prepare.ipynb #cb422081
+# %% ../../nbs/perturb/03_prepare.ipynb #2d53896d
 FLOOR = 0.05  # of the median spread
 
 
@@ -46,11 +46,15 @@ class Normaliser:
     dose_ends: tuple[float, float] = (0.0, 0.0)
 
     def logged(self, screen: Screen, rows: np.ndarray | None = None) -> sp.csr_matrix:
-        "Values of the kept genes, sparse `(n, k)`. Raises `InputError` if the screen lacks one of them."
-        missing = self.columns >= screen.g if screen.g <= self.columns.max() else screen.genes[self.columns] != self.genes
-        if missing.any():
-            raise InputError("screen", "genes", f"{int(missing.sum())} of {len(self.genes)} genes are not where the model has them ({', '.join(self.genes[missing][:3])})", "read the file with genes=model.genes")
-        return log_values(screen, rows)[:, self.columns]
+        "Values of the kept genes, sparse `(n, k)`, found by name where a screen has them elsewhere. Raises `InputError` if it lacks one of them."
+        columns = self.columns
+        if screen.g <= columns.max() or (screen.genes[columns] != self.genes).any():
+            place = {name: j for j, name in enumerate(screen.genes)}
+            missing = [str(name) for name in self.genes if name not in place]
+            if missing:
+                raise InputError("screen", "genes", f"{len(missing)} of {len(self.genes)} genes of the model are missing ({', '.join(missing[:3])})", "give a table that has them, or train on the genes that both have")
+            columns = np.array([place[name] for name in self.genes])
+        return log_values(screen, rows)[:, columns]
 
     def scaled(self, logged: sp.csr_matrix | np.ndarray) -> np.ndarray:
         "Dense z-scores of `logged` values."

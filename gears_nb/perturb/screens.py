@@ -29,7 +29,7 @@ def canonical(perturbation: str) -> str:
     "The one spelling of a combination: sorted parts with a plus between, `control` without any."
     return "+".join(parts(perturbation)) or CONTROL
 
-# %% ../../nbs/perturb/01_screens.ipynb #bc13136b
+# %% ../../nbs/perturb/01_screens.ipynb #ca201561
 @dataclass(frozen=True)
 class Screen:
     "Cells of a perturbation experiment; `smiles`: structure of a compound, where known; `notes`: what reading changed."
@@ -46,6 +46,8 @@ class Screen:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not (sp.issparse(self.values) and self.values.format == "csr"):
+            object.__setattr__(self, "values", sp.csr_matrix(self.values))
         for name in ("cells", "perturbation", "dose", "line", "batch"):
             if len(getattr(self, name)) != self.n:
                 raise InputError("screen", name, f"has {len(getattr(self, name))} entries for {self.n} cells", "give one entry per cell")
@@ -75,7 +77,7 @@ class Screen:
         columns = {name: getattr(self, name)[rows] for name in ("values", "cells", "perturbation", "dose", "line", "batch")}
         return replace(self, **columns)
 
-# %% ../../nbs/perturb/01_screens.ipynb #3b47b39d
+# %% ../../nbs/perturb/01_screens.ipynb #f7911987
 @dataclass(frozen=True)
 class Conditions:
     "Distinct combinations of line, perturbation and dose (nanomolar, NaN without one), in sorted order."
@@ -90,7 +92,7 @@ class Conditions:
     @property
     def names(self) -> list[str]:
         "In words: `K562, vorinostat, 100 nM`."
-        told = (["" if np.isnan(d) else f", {d:g} nM"][0] for d in self.dose)
+        told = (["" if np.isnan(d) else f", {d:.12g} nM"][0] for d in self.dose)
         return [f"{line}, {p}{d}" for line, p, d in zip(self.line, self.perturbation, told)]
 
     def take(self, rows: np.ndarray | Iterable[int]) -> Conditions:

@@ -113,12 +113,14 @@ def _plan(seed: int, drugs: int, lines: int, genes: int, modules: int, modulatio
     return Planted(np.array([f"drug{p + 1:02d}" for p in range(drugs)]), np.array([f"line{i + 1}" for i in range(lines)]), module, loading, gates, _rng(seed, "falls").random(drugs) < falling, half,
                    np.exp(0.5 * modulation * factor), level + rng.normal(size=(lines, genes)) * 0.7, axes, mixed, depth, (strength * image + np.sqrt(1 - strength**2) * noise).astype(np.float32), np.zeros((0, 2)), seed)
 
-# %% ../../nbs/perturb/05_planted.ipynb #82ec62b3
+# %% ../../nbs/perturb/05_planted.ipynb #1c7c1668
 def simulate_screen(*, seed: int = 0, n_cells: int = 4000, n_genes: int = 300, n_modules: int = 8, n_drugs: int = 12, n_lines: int = 3, doses: tuple[float, ...] = (10.0, 100.0, 1000.0, 10000.0), n_batches: int = 2,
                     combinations: int = 0, controls: float = 0.2, depth: float = 3000.0, modulation: float = 0.5, mixed: float = 0.5, falling: float = 0.3, batch_effect: float = 0.2, strength: float = 0.8) -> tuple[Screen, Planted]:
     """A screen and what is true of it. modulation: how much lines differ in potency and amplitude; mixed: how much a cell's state decides its response; falling: share of drugs whose curve falls again;
     strength: of the gates in descriptors (0 to 1); combinations: pairs of drugs. Raises `InputError` for sizes that cannot be."""
-    if min(n_drugs, n_lines, n_batches, n_modules, len(doses)) < 1 or n_genes < n_modules or not 0 < controls < 1:
+    if not all(0 <= x <= 1 for x in (strength, falling)) or not depth > 0 or min(doses, default=0) <= 0:
+        raise InputError("simulate_screen", "depth, doses, shares", f"are {depth}, {doses}, {strength} and {falling}", "use positive depth and doses, and shares from 0 to 1")
+    if min(n_drugs, n_lines, n_batches, n_modules, len(doses), n_cells) < 1 or n_genes < n_modules or not 0 < controls < 1:
         raise InputError("simulate_screen", "sizes", "are below one, or there are more modules than genes", "use at least one of each, and a share of controls between 0 and 1")
     planted, rng = _plan(seed, n_drugs, n_lines, n_genes, n_modules, modulation, mixed, depth, strength, falling), _rng(seed, "cells")
     pairs = _rng(seed, "pairs")

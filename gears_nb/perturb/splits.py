@@ -41,7 +41,7 @@ def _by_label(label: np.ndarray, treated: np.ndarray, share: float, rng: np.rand
     held = _some(label[treated], share, rng)
     return np.isin(label, held), held
 
-# %% ../../nbs/perturb/04_splits.ipynb #4b4cbeb2
+# %% ../../nbs/perturb/04_splits.ipynb #46f1a912
 def _perturbation(screen: Screen, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     held = _some(np.array(screen.singles), share, rng)
     names = np.unique(screen.perturbation)
@@ -51,7 +51,7 @@ def _perturbation(screen: Screen, share: float, rng: np.random.Generator) -> tup
 
 def _dose(screen: Screen, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     out, held = np.zeros(screen.n, bool), []
-    for name in np.unique(screen.perturbation[np.isfinite(screen.dose)]):
+    for name in np.unique(screen.perturbation[np.isfinite(screen.dose) & ~screen.control]):
         own = screen.perturbation == name
         levels = np.unique(screen.dose[own & np.isfinite(screen.dose)])
         if len(levels) >= 3:
@@ -78,7 +78,7 @@ def _whole(field: str) -> Callable[[Screen, float, np.random.Generator], tuple[n
 
     return hold
 
-# %% ../../nbs/perturb/04_splits.ipynb #2abfb115
+# %% ../../nbs/perturb/04_splits.ipynb #1e8488aa
 RULES: dict[str, tuple[Callable[..., tuple[np.ndarray, np.ndarray]], float]] = {
     "random": (lambda s, share, rng: ((rng.random(s.n) < share) & ~s.control, np.array([f"{share:.0%} of the treated cells"])), 0.2),
     "perturbation": (_perturbation, 0.2),
@@ -104,4 +104,6 @@ def split(screen: Screen, how: str, seed: int = 0, among: np.ndarray | None = No
     test, train = np.zeros(screen.n, bool), np.zeros(screen.n, bool)
     test[rows] = out & ~own.control
     train[rows] = ~out if how in ("line", "batch") else ~out | own.control
+    if not test.any() or not (train & ~screen.control).any():
+        raise InputError("screen", "split", f"leaves {int(test.sum())} test cells and {int((train & ~screen.control).sum())} treated training cells", "use another seed or split: the screen is small")
     return Split(how, train, test, among & screen.control, tuple(map(str, held)))
