@@ -126,7 +126,6 @@ def test_without_cells_there_are_no_conditions(rng):
     assert len(table) == len(own) == 0 and table.names == []
 
 
-@pytest.mark.xfail(reason="Conditions.names rounds doses to six digits: two conditions get one name, and names are used as keys (training, predicted)", strict=True)
 def test_distinct_conditions_have_distinct_names(rng):
     screen = replace(made(rng), dose=np.where(np.arange(60) % 2, 333.33333, 333.33334))
     names = conditions(screen)[0].names
@@ -322,7 +321,7 @@ def test_what_preparation_refuses(rng):
     assert (members == -1).all() and number.shape == (60,)
     norm = fit_normaliser(screen, every)
     one_line(lambda: norm.logged(genes_of(screen, np.arange(11))), "genes")
-    one_line(lambda: norm.logged(genes_of(screen, np.arange(12)[::-1])), "genes")
+    assert np.allclose(norm.logged(genes_of(screen, np.arange(12)[::-1])).toarray(), norm.logged(screen).toarray(), atol=1e-6)  # found by name
 
 
 def test_a_line_is_told_as_text(rng):
@@ -394,15 +393,16 @@ def test_what_splits_refuse(rng):
         one_line(lambda how=how: split(screen, how), "split")
 
 
-@pytest.mark.xfail(reason="'random' may hold out no cell, or every treated cell, of a small screen: the failure comes later, from somewhere else", strict=True)
 def test_random_never_holds_out_nothing_or_everything():
     screen = made(np.random.default_rng(0), n=6, drugs=("A",), lines=("L1",))
     for seed in range(30):
-        found = split(screen, "random", seed)
+        try:
+            found = split(screen, "random", seed)
+        except InputError:
+            continue
         assert found.test.any() and (found.train & ~screen.control).any()
 
 
-@pytest.mark.xfail(reason="'dose' also draws a level of the control if vehicle cells carry a dose, and says that it was held out", strict=True)
 def test_a_dose_of_the_vehicle_is_not_held_out(rng):
     screen = made(rng, doses=(1.0, 10.0, 100.0))
     screen = replace(screen, dose=np.where(screen.control, np.array([1.0, 10.0, 100.0])[np.arange(60) % 3], screen.dose))
@@ -449,10 +449,9 @@ def test_counts_have_the_moments_of_a_negative_binomial():
 
 @pytest.mark.parametrize("wrong", [{"n_drugs": 0}, {"n_lines": 0}, {"n_batches": 0}, {"n_modules": 0}, {"doses": ()}, {"n_genes": 2}, {"controls": 1.0}, {"controls": 0.0}])
 def test_sizes_that_cannot_be(wrong):
-    one_line(lambda: simulate_screen(**SIZES | wrong), "sizes")
+    one_line(lambda: simulate_screen(**SIZES | wrong), "sizes|doses")
 
 
-@pytest.mark.xfail(reason="refused by numpy, or not at all (NaN), not as InputError", strict=True)
 @pytest.mark.parametrize("wrong", [{"n_cells": 0}, {"depth": -1.0}, {"strength": 1.5}, {"doses": (-10.0, 10.0)}])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_values_that_cannot_be(wrong):

@@ -210,7 +210,7 @@ class Perturb:
         "Names of the genes that are predicted `(k,)`."
         return self.fitted.describer.norm.genes
 
-# %% ../../nbs/perturb/16_perturb.ipynb #5f3fae3b
+# %% ../../nbs/perturb/16_perturb.ipynb #90114061
 KEPT = 5000
 "Control cells that a model keeps to start predictions from, at most."
 
@@ -248,6 +248,8 @@ def predict(model: Perturb, asked: Conditions, *, controls: AnnData | Screen | N
         raise InputError("perturb", "controls", f"are {'counts' if own.counts else 'logarithms'}, the model learned from {'counts' if fitted.counts else 'logarithms'}", "give the same kind")
     if cells < 1 or not len(asked):
         raise InputError("perturb", "cells", f"is {cells} for {len(asked)} conditions", "ask for at least one condition and one cell")
+    if own.counts and own.g < len(_all_genes(model)):
+        warnings.warn(f"perturb: the depth of the control cells is read from {own.g} of {len(_all_genes(model))} genes: give all genes of the screen for the same scale", GearsWarning, stacklevel=2)
     own = own.take(own.control)
     X, rests = norm.logged(own), fitted.describer.fallback(asked)
     describer = fitted.describer.with_lines(own, X, np.ones(own.n, bool))
