@@ -210,7 +210,7 @@ class Perturb:
         "Names of the genes that are predicted `(k,)`."
         return self.fitted.describer.norm.genes
 
-# %% ../../nbs/perturb/16_perturb.ipynb #90114061
+# %% ../../nbs/perturb/16_perturb.ipynb #c13e4358
 KEPT = 5000
 "Control cells that a model keeps to start predictions from, at most."
 
@@ -226,7 +226,7 @@ def ask(perturbation: str | list[str], *, dose: float | list[float] | None = Non
     rows = [(m, canonical(p) if "+" in p else p, np.nan if d is None else float(d)) for m in listed(line) for p in listed(perturbation) for d in listed(dose)]
     return Conditions(*(np.array(column) for column in zip(*rows)))
 
-
+# %% ../../nbs/perturb/16_perturb.ipynb #954240c6
 def _known_line(controls: Screen, line: str) -> np.ndarray:
     rows = np.flatnonzero(controls.line == line)
     if not len(rows):
@@ -267,7 +267,7 @@ def predict(model: Perturb, asked: Conditions, *, controls: AnnData | Screen | N
     out.uns["perturb"] = {"share": fitted.share, "settings": str(to_dict(model.config)), "seed": model.seed, "scale": "log2(CP10K + 1)" if fitted.counts else "as given"}
     return out
 
-
+# %% ../../nbs/perturb/16_perturb.ipynb #50f982fb
 def _doses_told(norm: Normaliser, asked: Conditions) -> None:
     "A warning about doses that the training doses say nothing of."
     low, high = norm.dose_ends

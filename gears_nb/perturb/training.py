@@ -27,20 +27,16 @@ from .settings import LossConfig, PerturbConfig
 from .transport import draw, energy_distance, mmd, project, sinkhorn, squared_cost, transport_cost
 
 # %% auto #0
-__all__ = ['COUNT_WEIGHT', 'FEW', 'Describer', 'Step', 'Dealer', 'Dealt', 'counts_loss', 'terms', 'watched', 'fit_network']
+__all__ = ['COUNT_WEIGHT', 'FEW', 'Lines', 'Describer', 'Step', 'Dealer', 'Dealt', 'counts_loss', 'terms', 'watched',
+           'fit_network']
 
-# %% ../../nbs/perturb/11_training.ipynb #19dd3c6a
-@dataclass(frozen=True)
-class Describer:
-    "What is needed to describe conditions to a network."
+# %% ../../nbs/perturb/11_training.ipynb #d830b2cd
+class Lines:
+    "How the lines of a `Describer` are added and compared."
 
-    norm: Normaliser
-    parts: np.ndarray  # (p,) str: single perturbations of the training cells
-    batches: np.ndarray  # (b,) str
-    basis: Basis  # of training cells, log2
-    lines: dict[str, np.ndarray]  # mean control profile in `basis` (q,)
-    descriptors: Descriptors | None = None
-    unit: float = 0.0  # squared distance of profiles at which kinship is 1/e; 0: the median over the lines that are there
+    basis: Basis
+    lines: dict[str, np.ndarray]
+    unit: float
 
     def with_lines(self, screen: Screen, X: sp.csr_matrix, given: np.ndarray) -> Describer:
         "With the lines of the control cells in mask `given` added; lines that are known stay as they are."
@@ -61,6 +57,19 @@ class Describer:
         P = np.stack([self.lines[name] for name in sorted(self.lines)])
         square = np.square(P[:, None] - P[None]).sum(-1)
         return float(np.median(square[square > 0])) if (square > 0).any() else 1.0
+
+# %% ../../nbs/perturb/11_training.ipynb #ef6afb6f
+@dataclass(frozen=True)
+class Describer(Lines):
+    "What is needed to describe conditions to a network."
+
+    norm: Normaliser
+    parts: np.ndarray  # (p,) str: single perturbations of the training cells
+    batches: np.ndarray  # (b,) str
+    basis: Basis  # of training cells, log2
+    lines: dict[str, np.ndarray]  # mean control profile in `basis` (q,)
+    descriptors: Descriptors | None = None
+    unit: float = 0.0  # squared distance of profiles at which kinship is 1/e; 0: the median over the lines that are there
 
     def fallback(self, table: Conditions) -> np.ndarray:
         "What a prediction of each condition rests on `(c,)`: `seen` parts, `descriptor`, or `mean` where nothing is known of a part."
@@ -83,7 +92,7 @@ class Describer:
         as_tensor = lambda a: torch.from_numpy(np.asarray(a, np.float32))
         return Facts(as_tensor(marks), as_tensor(described), as_tensor(count - known), as_tensor(self.norm.dose(table.dose)), as_tensor(line), torch.from_numpy(token.astype(np.int64)))
 
-# %% ../../nbs/perturb/11_training.ipynb #cfedc38b
+# %% ../../nbs/perturb/11_training.ipynb #95d96af6
 @dataclass(frozen=True)
 class Step:
     "Cells of G conditions, k each, in z-scores."
@@ -96,7 +105,7 @@ class Step:
     leads: Tensor  # (G, g) 1 for the leading genes
     counts: Tensor  # (G, k, g) of treated cells; empty without
 
-
+# %% ../../nbs/perturb/11_training.ipynb #750b3cad
 class Dealer:
     "Deals steps. `delta`, `offset`: differences `(c, g)`, log2, of the conditions of `rows`' treated cells; `counts`: raw counts of the kept genes, for an auxiliary likelihood."
 
@@ -139,7 +148,7 @@ class Dealer:
         "Steps of an epoch: lists of `accumulate` of them."
         return Dealt(self, np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng))))
 
-
+# %% ../../nbs/perturb/11_training.ipynb #1dcef305
 @dataclass(frozen=True)
 class Dealt:
     "The steps of one epoch."
@@ -225,7 +234,7 @@ def _second_terms(out: Output, rest: Callable[[Tensor], Tensor], latent: Tensor,
         return found | {"cost": own.cost * transport_cost(cost, plan).mean(), "refine": own.refine * (rest(out.refined) - project(plan, latent).detach()).square().mean()}
     return found | ({"cost": own.cost * mmd(rest(out.refined), latent.detach()).mean()} if own.match == "mmd" else {})
 
-# %% ../../nbs/perturb/11_training.ipynb #b88087bb
+# %% ../../nbs/perturb/11_training.ipynb #df9471fa
 FEW = 4  # conditions: with fewer, cells validate
 
 
@@ -238,7 +247,7 @@ def watched(table: Conditions, own: np.ndarray, fold: np.ndarray, rng: np.random
         chosen = np.isin(np.arange(len(own)), rng.permutation(len(own))[: max(1, len(own) // 10)])
     return chosen
 
-
+# %% ../../nbs/perturb/11_training.ipynb #97b6d696
 def _loss(config: PerturbConfig, basis: Tensor, second: bool) -> Callable[..., dict[str, Tensor]]:
     "The trainer's loss: mean over the steps of a batch, each recomputed in the backward pass with `checkpointing`."
     def loss(net: nn.Module, steps: Sequence[Step], epoch: int, rng: torch.Generator) -> dict[str, Tensor]:
@@ -268,7 +277,7 @@ def _value(config: PerturbConfig, basis: Tensor, dealer: Dealer) -> Callable[[nn
 
     return value
 
-
+# %% ../../nbs/perturb/11_training.ipynb #45d559c0
 def fit_network(net: DeltaNet, taught: Dealer, held: Dealer, basis: np.ndarray, config: PerturbConfig, *, seed: int = 0, checkpoint: Path | None = None, tag: str = "") -> dict[str, History]:
     "Train `net` in place in both phases; histories by phase. `held`: cells that validate; `basis`: `(g, d)`; `checkpoint`: path stem, resumed from."
     directions, histories = torch.from_numpy(np.asarray(basis, np.float32)), {}
