@@ -141,11 +141,11 @@ def _known_perturbation(text: str, known: Sequence[str]) -> str:
         raise InputError("gears perturb", "--perturbation", f"{text!r} is a control, from which predictions start", "name what is done to the cells")
     return name
 
-# %% ../../nbs/runs/12_screens.ipynb #08e55a55
+# %% ../../nbs/runs/12_screens.ipynb #32f8e380
 def asked_conditions(model: Perturb, perturbation: Sequence[str], dose: Sequence[str], line: Sequence[str], controls: Screen) -> Conditions:
     """All combinations of perturbations, doses and lines (none: all lines of `controls`), each once.
 
-    Warns of unknown names that have near ones, and of doses outside those of training. Raises `InputError` for a line without controls,
+    Warns of unknown names that have near ones. Raises `InputError` for a line without controls,
     and without a dose where the model knows several."""
     from gears_nb.perturb.perturb import ask
 
@@ -160,8 +160,6 @@ def asked_conditions(model: Perturb, perturbation: Sequence[str], dose: Sequence
         raise InputError("gears perturb", "--line", problem, "name one of these, or give control cells of it: --controls FILE.h5ad")
     if high > low and not doses:
         raise InputError("gears perturb", "--dose", f"is missing, and the model knows doses from {low:g} to {high:g} nM", f"write --dose {high:g}")
-    if far := [f"{d:g}" for d in doses if high > low and not low / 1.01 <= d <= high * 1.01]:
-        warnings.warn(f"gears perturb: {', '.join(far)} nM: outside the doses of training ({low:g} to {high:g} nM)", GearsWarning, stacklevel=2)
     for part in sorted({part for name in names for part in name.split("+")} - set(map(str, known))):
         if near := difflib.get_close_matches(part, [str(name) for name in known], 3):
             warnings.warn(f"gears perturb: {part!r} is not in the model; near names are {', '.join(near)}", GearsWarning, stacklevel=2)
