@@ -30,19 +30,13 @@ from .transport import draw, energy_distance, mmd, project, sinkhorn, squared_co
 __all__ = ['COUNT_WEIGHT', 'FEW', 'Lines', 'Describer', 'Step', 'Dealer', 'Dealt', 'counts_loss', 'terms', 'watched',
            'fit_network']
 
-# %% ../../nbs/perturb/11_training.ipynb #d830b2cd
+# %% ../../nbs/perturb/11_training.ipynb #07b49bb2
 class Lines:
     "How the lines of a `Describer` are added and compared."
 
     basis: Basis
     lines: dict[str, np.ndarray]
     unit: float
-
-    def with_lines(self, screen: Screen, X: sp.csr_matrix, given: np.ndarray) -> Describer:
-        "With the lines of the control cells in mask `given` added; lines that are known stay as they are."
-        new = sorted(set(screen.line[given & screen.control]) - set(self.lines))
-        profile = {line: self.basis.project(X[given & screen.control & (screen.line == line)]).mean(0) for line in new}
-        return replace(self, lines=self.lines | profile)
 
     def kinship(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         "How alike the controls of lines are, 0 to 1: a Gaussian of the distance of profiles, in units of the median distance."
@@ -58,7 +52,7 @@ class Lines:
         square = np.square(P[:, None] - P[None]).sum(-1)
         return float(np.median(square[square > 0])) if (square > 0).any() else 1.0
 
-# %% ../../nbs/perturb/11_training.ipynb #ef6afb6f
+# %% ../../nbs/perturb/11_training.ipynb #376daf89
 @dataclass(frozen=True)
 class Describer(Lines):
     "What is needed to describe conditions to a network."
@@ -70,6 +64,12 @@ class Describer(Lines):
     lines: dict[str, np.ndarray]  # mean control profile in `basis` (q,)
     descriptors: Descriptors | None = None
     unit: float = 0.0  # squared distance of profiles at which kinship is 1/e; 0: the median over the lines that are there
+
+    def with_lines(self, screen: Screen, X: sp.csr_matrix, given: np.ndarray) -> Describer:
+        "With the lines of the control cells in mask `given` added; lines that are known stay as they are."
+        new = sorted(set(screen.line[given & screen.control]) - set(self.lines))
+        profile = {line: self.basis.project(X[given & screen.control & (screen.line == line)]).mean(0) for line in new}
+        return replace(self, lines=self.lines | profile)
 
     def fallback(self, table: Conditions) -> np.ndarray:
         "What a prediction of each condition rests on `(c,)`: `seen` parts, `descriptor`, or `mean` where nothing is known of a part."
