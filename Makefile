@@ -40,10 +40,15 @@ $(STAMP):
 demo: $(STAMP)
 	@$(BIN)/gears demo --out demo
 
-# two processes; a file of tests stays in one, so that its fixtures and trained models are made once
+# two processes; a file of tests stays in one, so that its fixtures and trained models are made once; the longest first (tests/conftest.py)
 WORKERS ?= 2
+# freed memory is used again and not given back: the tensors are small and many, and a tenth of the time of a training went there (glibc only);
+# byte code is kept, or each of the many new processes compiles the package again
+test: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
+test: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+test: export MALLOC_TOP_PAD_ ?= 67108864
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -o faulthandler_timeout=300 tests
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o faulthandler_timeout=300 tests
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --notebook-dir=nbs

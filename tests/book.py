@@ -1,4 +1,4 @@
-"""Every notebook is a test: how one is run. Two files share them, so that two processes can."""
+"""Every notebook is a test: how one is run. Three files share them, so that two processes can, and end together."""
 import os
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ from forks import ended, forked, start  # noqa: F401
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
 LOWER = ("core", "geometry", "data", "lab", "encoder", "targets", "models", "structure")
+UPPER = ("generators", "alignment", "saturn", "perturb")  # the other chapters, and pages of no chapter, are the third file
 name = lambda path: path.relative_to(NBS).as_posix()
 
 
@@ -22,6 +23,20 @@ def draw_once():
     pylabtools.retina_figure = lambda fig, base64=False, **_: (small(fig, base64), {}) if fig.axes or fig.lines else None
 
 
+KEPT = []  # what ends with the process of a page
+
+
+def train_once():
+    """A model that one page of this run of the tests has trained is found by the next page that asks for the same: same slides, settings
+    and code, as `Gears.fit` finds what another run is keeping. Ten pages fit the smallest tissue in the smallest size."""
+    from gears_nb.reconstruct import facade
+
+    if folder := os.environ.get("GEARS_TEST_TRAINED"):  # of conftest.py; the cache itself would hand models to the next run of the tests
+        facade.cache_root = lambda: Path(folder)
+        KEPT.append(facade.keep_training())
+        KEPT[0].__enter__()
+
+
 def run_alone(path):
     """Run a notebook in this process, which ends with it: exit status 0 if it passed."""
     import matplotlib
@@ -29,6 +44,7 @@ def run_alone(path):
 
     matplotlib.use("Agg")
     draw_once()
+    train_once()
     os.cpu_count = lambda: 1  # experiments open a process pool for every core
     os.chdir(path.parent)
     passed, _ = run_page(path, skip_flags=["slow", "gpu", "notest"], basepath=NBS)

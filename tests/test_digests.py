@@ -15,20 +15,33 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {book.key: book.path for book in catalogue() if book.parameter_source}
 
 
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    return Path(shutil.copytree(ROOT / "gears_nb", tmp_path_factory.mktemp("copy") / "gears_nb", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.fixture(scope="module")
+def before(copied):
+    "Modules of every experiment, of the copy that nobody has edited."
+    return {key: digests.modules_of(path, copied) for key, path in EXPERIMENTS.items()}
+
+
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    "A copy of the package that may be edited; digests are taken there."
-    copy = Path(shutil.copytree(ROOT / "gears_nb", tmp_path / "gears_nb", ignore=shutil.ignore_patterns("__pycache__")))
-    monkeypatch.setattr(digests, "PACKAGE", copy)
-    return copy
+def package(copied, monkeypatch):
+    "A copy of the package that may be edited; digests are taken there. What a test has edited is as before after it, times of change too."
+    monkeypatch.setattr(digests, "PACKAGE", copied)
+    yield copied
+    for source in (ROOT / "gears_nb").rglob("*.py"):
+        module = copied / source.relative_to(ROOT / "gears_nb")
+        if module.stat().st_mtime_ns != source.stat().st_mtime_ns:
+            shutil.copy2(source, module)
 
 
 def edit(module: Path, text: str = "\nCHANGED = 1\n"):
     module.write_text(module.read_text(encoding="utf-8") + text, encoding="utf-8")
 
 
-def test_a_line_of_the_training_loop_concerns_whoever_trains(package):
-    before = {key: digests.modules_of(path) for key, path in EXPERIMENTS.items()}
+def test_a_line_of_the_training_loop_concerns_whoever_trains(before, package):
     edit(package / "core" / "training.py")
     hit = {key for key, path in EXPERIMENTS.items() if digests.changed(before[key], digests.modules_of(path)) == ["core/training"]}
     assert hit == {key for key, modules in before.items() if "core/training" in modules}
@@ -36,8 +49,7 @@ def test_a_line_of_the_training_loop_concerns_whoever_trains(package):
 
 
 @pytest.mark.parametrize("change", ["\n# a comment\n", "\n\n\n"])
-def test_comments_and_blank_lines_concern_nobody(package, change):
-    before = {key: digests.modules_of(path) for key, path in EXPERIMENTS.items()}
+def test_comments_and_blank_lines_concern_nobody(before, package, change):
     edit(package / "core" / "training.py", change)
     assert all(digests.modules_of(path) == before[key] for key, path in EXPERIMENTS.items())
 

@@ -1,4 +1,4 @@
-"""The package is what the notebooks export; notebooks stay readable. That they run is shown in `test_book_first.py` and `test_book_second.py`."""
+"""The package is what the notebooks export; notebooks stay readable. That they run is shown in `test_book_first.py`, `test_book_second.py` and `test_book_third.py`."""
 import filecmp
 import json
 import re

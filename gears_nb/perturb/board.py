@@ -81,7 +81,7 @@ class Task:
 
 MOST = 400  # cells of a condition on either side, drawn once per task
 
-# %% ../../nbs/perturb/17_board.ipynb #f6d503fe
+# %% ../../nbs/perturb/17_board.ipynb #3f66e4de
 @lru_cache(maxsize=2)
 def task(dataset: str, how: str, seed: int, n_hvg: int | None = 4000, inner: bool = False) -> Task:
     "A `Task`. `inner`: split once more inside the training cells, for choices; what the outer split holds out is then not touched. Raises `InputError` for unknown names or absent data."
@@ -96,11 +96,11 @@ def task(dataset: str, how: str, seed: int, n_hvg: int | None = 4000, inner: boo
     parts = replace(parts, train=parts.train & (there | screen.control), test=parts.test & there)
     taught, asked = deltas(screen, X, parts.train, parts.given), deltas(screen, X, parts.test, parts.given)
     rows = np.flatnonzero(parts.test)
-    number, own = conditions(screen, rows)[1], partners(screen, parts.given)[0]
+    number, (own, member, _) = conditions(screen, rows)[1], partners(screen, parts.given)
     bases = np.flatnonzero(parts.given & screen.control)
     rng, some = np_rng(seed, "perturb", "board", how), lambda a: np.sort(rng.permutation(a)[:MOST])
     treated = [some(rows[number == c]) for c in range(len(asked.conditions))]
-    controls = [some(_bases(screen, bases, partners(screen, parts.given)[1], own[rows[number == c]], asked.conditions.line[c])) for c in range(len(asked.conditions))]
+    controls = [some(_bases(screen, bases, member, own[rows[number == c]], asked.conditions.line[c])) for c in range(len(asked.conditions))]
     leads = tuple(leading_all(asked, screen, X, parts.test, parts.given, min(k, X.shape[1])) for k in (20, 50))
     known = fingerprints(screen.smiles) if screen.smiles else gene_vectors(X[np.flatnonzero(parts.train & screen.control)], norm.genes, screen.singles) if set(screen.singles) & set(norm.genes) else None
     return Task(screen, parts, norm, X, taught, asked, leads, fit_basis(X[np.flatnonzero(parts.train)], 50, seed), controls, treated, known, content_digest(screen.values, list(screen.perturbation), parts.train, parts.test))
@@ -111,7 +111,7 @@ def _bases(screen: Screen, bases: np.ndarray, member: np.ndarray, groups: np.nda
     own = bases[np.isin(member[bases], np.unique(groups))]
     return own if len(own) else bases[screen.line[bases] == line]
 
-# %% ../../nbs/perturb/17_board.ipynb #83e85fa6
+# %% ../../nbs/perturb/17_board.ipynb #ba13225f
 METHODS: dict[str, dict[str, Any]] = {
     "perturb": {},
     "auto": {"first.epochs": 0, "second.epochs": 0},
@@ -128,6 +128,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "no leading genes": {"loss.leading": 0.0},
     "first phase only": {"second.epochs": 0},
     "no population": {"loss.population": 0.0},
+    "no levels": {"levels": False},
+    "anchor, no levels": {"anchor": "both", "levels": False, "first.epochs": 0, "second.epochs": 0},
     "pairs by plan": {"loss.pairing": "plan"},
     "random pairs": {"loss.pairing": "random"},
     "count head": {"network.counts": "zinb"},
@@ -151,8 +153,7 @@ def answer(t: Task, method: str, seed: int, level: str, changes: Mapping[str, An
         raise InputError("perturb", "method", f"{method!r} is unknown", f"choose one of {', '.join([*METHODS, *BASELINES])}")
     config = at_profile(PerturbConfig, level, **{"first.progress": False, "second.progress": False} | METHODS[method] | dict(changes or {}))
     fitted = fit_screen(t.screen, t.parts.train, replace(config, n_hvg=None if len(t.norm.genes) == t.screen.g else len(t.norm.genes)), given=t.parts.given, expects=t.parts.how, descriptors=t.descriptors, seed=seed)
-    describer = fitted.describer.with_lines(t.screen, t.X, t.parts.given)
-    fitted = replace(fitted, describer=describer, anchor=None if fitted.anchor is None else replace(fitted.anchor, kinship=describer.kinship))
+    fitted = fitted.with_controls(t.screen, t.X, t.parts.given)
     made, moved = zip(*(predicted(fitted, c, table.take(np.full(len(c), i)), t.screen.batch[rows]) for i, (c, rows) in enumerate(zip(starts, t.controls))))
     return np.stack([m.mean(0) for m in moved]), list(made), {"share": fitted.share, "plain": "" if fitted.anchor is None else fitted.anchor.plain}
 

@@ -55,7 +55,7 @@ class LossConfig(Section):
         if not (self.delta or self.leading or self.population):
             raise InputError("config", "delta", "has no weight, nor have leading and population: there is nothing to learn", "give one of them a weight")
 
-# %% ../../nbs/perturb/00_settings.ipynb #744ce0d6
+# %% ../../nbs/perturb/00_settings.ipynb #252b0543
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig(Section):
     "All settings of `Perturb` (`perturb.perturb`)."
@@ -64,6 +64,7 @@ class PerturbConfig(Section):
     n_hvg: Size | None = by_profile(200, 4000, 4000)  # highly variable genes; None: all
     min_share: Share = 0.01  # of training cells in which a gene is detected
     anchor: Literal["auto", "both", "genes", "programs", "none"] = "auto"  # the closed-form estimate that the network adds to, or its views; auto: a plain method where that is better in rehearsal (source: none)
+    levels: bool = True  # controls are levelled where a rehearsal is no worse for it (source: False)
     network: NetworkConfig
     loss: LossConfig = LossConfig()
     groups: Size = by_profile(4, 16, 16)  # conditions per step
