@@ -447,6 +447,13 @@ def test_a_fresh_process_predicts_the_same(screen, tmp_path):
     assert np.array_equal(np.load(tmp_path / "made.npy"), predict(new(4).fit(screen), ASKED, cells=7).X)
 
 
+def group_of(screen, X, c):
+    "Mean and number of the controls of a cell's batch, and the number of those of its line."
+    line = screen.control & (screen.line == screen.line[c])
+    own = line & (screen.batch == screen.batch[c])
+    return X[own].mean(0), int(own.sum()), int(line.sum())
+
+
 def test_a_prediction_is_control_plus_anchor_plus_network_by_hand(whole, screen):
     made, f = predict(whole, ASKED, cells=6), whole.fitted
     norm, place = f.describer.norm, {c: i for i, c in enumerate(screen.cells)}
@@ -457,7 +464,8 @@ def test_a_prediction_is_control_plus_anchor_plus_network_by_hand(whole, screen)
         assert screen.control[c] and screen.line[c] == at.line[0] == made.obs["line"].iloc[i] and np.array_equal(made.layers["control"][i], X[c])
         with torch.no_grad():
             more = f.net(torch.from_numpy(norm.scaled(X[c : c + 1])), f.describer.facts(at, screen.batch[c : c + 1])).delta.numpy()
-        assert np.allclose(made.X[i], np.maximum(X[c] + f.anchor.predict(at)[0] + f.share * more[0] * norm.spread, 0), atol=1e-4)
+        pull = f.levels.pull(at.line[0], *group_of(screen, X, c)) if f.levels else 0
+        assert np.allclose(made.X[i], np.maximum(X[c] + f.anchor.predict(at)[0] + pull + f.share * more[0] * norm.spread, 0), atol=1e-4)
     assert (made.X >= 0).all() and not made.obs["control"].iloc[:6].duplicated().any()
 
 
@@ -548,6 +556,17 @@ def test_unknown_parts_are_told(alone):
 def test_unknown_doses_and_numbers_are_predicted(alone):
     made = predict(alone, ask("drug01", dose=[None, 1e-3, 1e9], line="line1"), cells=3)
     assert np.isfinite(made.X).all() and np.isnan(made.obs["dose"].iloc[0])
+
+
+def test_doses_far_from_those_of_training_are_told(screen):
+    model = new(**ANCHOR | {"levels": False}).fit(replace(screen, dose=np.where(screen.dose == 100, 10.0, screen.dose)))
+    assert np.allclose(model.fitted.describer.norm.dose_ends, [1, 4])
+    for dose in (0.01, 1e7, [100, 0.01]):
+        with pytest.warns(GearsWarning, match="doses outside 10 to 10000 nM"):
+            predict(model, ask("drug01", dose=dose, line="line1"), cells=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GearsWarning)
+        predict(model, ask("drug01", dose=[10, 100, 9000, 10000], line="line1"), cells=3)
 
 
 @pytest.mark.parametrize("case", ["one line", "one batch", "constant dose", "no dose", "one gene varies", "log values", "a batch without controls", "a batch per cell"])

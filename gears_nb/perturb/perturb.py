@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ['SHARES', 'KEPT', 'PERTURB_FORMAT', 'Fitted', 'fit_screen', 'smallest_as_good', 'predicted', 'Perturb', 'ask',
            'predict', 'save', 'load']
 
-# %% ../../nbs/perturb/16_perturb.ipynb #bae1ae24
+# %% ../../nbs/perturb/16_perturb.ipynb #a2e4c4df
 @dataclass(frozen=True)
 class Fitted:
     "What `fit_screen` learned: how to describe conditions, the anchor (None without), the network (None without epochs), how much of the network is used, the training histories, levels (None without) and what they add by group of controls."
@@ -62,13 +62,14 @@ class Fitted:
 
     def pull(self, line: np.ndarray, batch: np.ndarray | None) -> np.ndarray:
         "What levels add to differences of cells of `line` and `batch` `(n,)`, as `(n, k)`; the mean over a line's groups where the batch is not known."
-        nothing, key = np.zeros(len(self.describer.norm.genes)), line if batch is None else np.char.add(np.char.add(line.astype(str), SEPARATOR), batch.astype(str))
+        nothing, key = np.zeros(len(self.describer.norm.genes)), np.char.add(np.char.add(line.astype(str), SEPARATOR), "" if batch is None else batch.astype(str))
         groups: dict[str, list[np.ndarray]] = {}
-        for name, value in self.pulled.items():
+        for name, value in sorted(self.pulled.items(), key=lambda item: SEPARATOR not in item[0]):
+            if SEPARATOR not in name and name in groups:
+                continue  # the line as a whole stands in only where it has no batches
             groups.setdefault(name.split(SEPARATOR)[0], []).append(value)
-        pairs, number = np.unique(np.stack([key.astype(str), line.astype(str)]), axis=1, return_inverse=True)
-        found = [self.pulled[k] if k in self.pulled else np.mean(groups.get(own, [nothing]), 0) for k, own in pairs.T]
-        return np.stack(found)[number.ravel()]
+        names, number = np.unique(key, return_inverse=True)
+        return np.stack([self.pulled[k] if k in self.pulled else np.mean(groups.get(k.split(SEPARATOR)[0], [nothing]), 0) for k in names])[number]
 
 
 def _described(screen: Screen, descriptors: Descriptors | None) -> Descriptors | None:
