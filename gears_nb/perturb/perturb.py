@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ['SHARES', 'KEPT', 'PERTURB_FORMAT', 'Fitted', 'fit_screen', 'smallest_as_good', 'predicted', 'Perturb', 'ask',
            'predict', 'save', 'load']
 
-# %% ../../nbs/perturb/16_perturb.ipynb #a2e4c4df
+# %% ../../nbs/perturb/16_perturb.ipynb #bc47b4e9
 @dataclass(frozen=True)
 class Fitted:
     "What `fit_screen` learned: how to describe conditions, the anchor (None without), the network (None without epochs), how much of the network is used, the training histories, levels (None without) and what they add by group of controls."
@@ -71,7 +71,7 @@ class Fitted:
         names, number = np.unique(key, return_inverse=True)
         return np.stack([self.pulled[k] if k in self.pulled else np.mean(groups.get(k.split(SEPARATOR)[0], [nothing]), 0) for k in names])[number]
 
-
+# %% ../../nbs/perturb/16_perturb.ipynb #d089acd0
 def _described(screen: Screen, descriptors: Descriptors | None) -> Descriptors | None:
     "The descriptors given, or fingerprints of the screen's structures, or None; without rdkit structures are left alone, with a warning."
     if descriptors is not None or not screen.smiles:
@@ -92,7 +92,7 @@ def _compressed(descriptors: Descriptors | None, dim: int = 32) -> Descriptors |
     made = (u * s)[:, : min(dim, int((s > 1e-6 * max(s[0], 1e-12)).sum()) or 1)]
     return Descriptors(descriptors.names, (made / max(np.sqrt(np.square(made).sum(1).mean()), 1e-12)).astype(np.float32), "vectors")
 
-# %% ../../nbs/perturb/16_perturb.ipynb #28a76055
+# %% ../../nbs/perturb/16_perturb.ipynb #d589f7aa
 def fit_screen(screen: Screen, train: np.ndarray, config: PerturbConfig, *, given: np.ndarray | None = None, expects: str = "pair", descriptors: Descriptors | None = None, seed: int = 0, checkpoint: Path | None = None) -> Fitted:
     "Learn from the cells in mask `train`; `given`: mask of controls to compare with (None: those of `train`). Raises `InputError` without treated or control cells."
     given = train & screen.control if given is None else given
@@ -112,7 +112,7 @@ def fit_screen(screen: Screen, train: np.ndarray, config: PerturbConfig, *, give
         share = 1.0
     return Fitted(describer, anchor, net, share, screen.counts, histories, levels, {} if levels is None else pulls(levels, screen, X, given))
 
-
+# %% ../../nbs/perturb/16_perturb.ipynb #4cef1c6c
 def _anchored(screen: Screen, X: sp.csr_matrix, train: np.ndarray, given: np.ndarray, taught: Deltas, describer: Describer, known: Descriptors | None, config: PerturbConfig, expects: str, seed: int) -> tuple[Anchor, Levels | None, np.ndarray]:
     "The anchor, levels where a rehearsal with them is no worse, and estimates `(c, k)` of the training differences, each without its fold."
     views = (config.anchor,) if config.anchor in VIEWS else VIEWS
@@ -127,7 +127,7 @@ def _anchored(screen: Screen, X: sp.csr_matrix, train: np.ndarray, given: np.nda
     anchor = best_for(anchor, expects, seed) if config.anchor == "auto" else anchor
     return anchor, levels, anchor.left_out + shift
 
-
+# %% ../../nbs/perturb/16_perturb.ipynb #36cf08c8
 def _trained(screen: Screen, X: sp.csr_matrix, train: np.ndarray, given: np.ndarray, describer: Describer, taught: Deltas, offset: np.ndarray, basis: Basis, config: PerturbConfig, expects: str, seed: int,
              checkpoint: Path | None) -> tuple[DeltaNet, float, dict[str, Any]]:
     "Network, the share of it that does best on top of `offset` `(c, k)`, and histories."
