@@ -507,7 +507,8 @@ def test_a_prediction_is_moved_by_the_pull_and_nothing_else(levelled, screen):
     a, b = predict(levelled, asked, cells=30), predict(with_fit(levelled, levels=None, pulled={}), asked, cells=30)
     place = {c: i for i, c in enumerate(own.cells)}
     at = [place[c] for c in a.obs["control"]]
-    pull = f.pull(a.obs["line"].to_numpy(str), own.batch[at])
+    every, condition = f.pull(a.obs["line"].to_numpy(str), own.batch[at]), a.obs.groupby(["line", "perturbation", "dose"], observed=True, dropna=False).ngroup().to_numpy()
+    pull = np.stack([every[condition == c].mean(0) for c in condition])  # cells of a condition move alike
     free = (a.X > 0) & (b.X > 0)  # nothing is clipped
     assert np.array_equal(a.obs["control"], b.obs["control"]) and free.mean() > 0.5 and np.abs(pull).max() > 0.01 and np.allclose((a.X - b.X)[free], pull[free], atol=1e-5)
 
@@ -564,3 +565,14 @@ def test_a_model_of_an_older_format_is_refused_in_one_line(levelled, tmp_path):
     with pytest.raises(InputError, match="format: is 1, this version reads 2") as error:
         load(tmp_path)
     assert "\n" not in str(error.value) and "Remedy" in str(error.value)
+
+
+def test_many_small_groups_of_controls_do_not_collapse_a_population():
+    "A pull is about the mean of a group: with six cells in a group it is mostly their own error, and may not be taken from these cells."
+    screen = simulate_screen(n_cells=700, n_genes=40, n_drugs=3, n_modules=4, n_lines=1, n_batches=1, seed=2)[0]
+    wells = replace(screen, batch=np.array([f"well{i // 12:03d}" for i in range(screen.n)]))
+    model = new().fit(wells)
+    assert model.fitted.levels is not None and len(model.fitted.pulled) > 20
+    made = predict(model, ask("drug01", dose=3000, line="line1"), cells=100)
+    moved = made.layers["difference"]
+    assert np.abs(moved - moved[0]).max() < 1e-5 and np.allclose(made.X, np.maximum(made.layers["control"] + moved, 0), atol=1e-5)

@@ -353,7 +353,7 @@ def test_describing_conditions_by_hand(whole, described):
     assert own.parts.sum(1).tolist() == [1, 1, 0, 0, 1] and own.unknown.tolist() == [0, 0, 0, 1, 1] and own.batch.tolist() == [1, 2, 0, 1, 1] and np.allclose(own.dose, [0, 0, 1, 0.5, 0])
     rows = dict(zip(d.descriptors.names, d.descriptors.values))
     assert np.allclose(own.descriptor, [rows["drug01"], rows["drug02"] + rows["drug05"], rows["drug05"], 0 * rows["drug01"], rows["drug01"]], atol=1e-6)
-    assert d.fallback(table).tolist() == ["seen", "descriptor", "descriptor", "mean", "mean"]
+    assert d.fallback(table).tolist() == ["seen", "descriptor", "descriptor", "mean", "partly"]
     a, b = d.descriptors.values, described.values - described.values.mean(0)
     assert np.allclose(a @ a.T / np.trace(a @ a.T), b @ b.T / np.trace(b @ b.T), atol=1e-5) and np.isclose(np.square(a).sum(1).mean(), 1, rtol=1e-3)
 
@@ -464,7 +464,8 @@ def test_a_prediction_is_control_plus_anchor_plus_network_by_hand(whole, screen)
         assert screen.control[c] and screen.line[c] == at.line[0] == made.obs["line"].iloc[i] and np.array_equal(made.layers["control"][i], X[c])
         with torch.no_grad():
             more = f.net(torch.from_numpy(norm.scaled(X[c : c + 1])), f.describer.facts(at, screen.batch[c : c + 1])).delta.numpy()
-        pull = f.levels.pull(at.line[0], *group_of(screen, X, c)) if f.levels else 0
+        together = [place[name] for name in made.obs["control"].iloc[6 * (i // 6) : 6 * (i // 6) + 6]]
+        pull = np.mean([f.levels.pull(at.line[0], *group_of(screen, X, b)) for b in together], 0) if f.levels else 0
         assert np.allclose(made.X[i], np.maximum(X[c] + f.anchor.predict(at)[0] + pull + f.share * more[0] * norm.spread, 0), atol=1e-4)
     assert (made.X >= 0).all() and not made.obs["control"].iloc[:6].duplicated().any()
 
@@ -548,7 +549,7 @@ def test_a_combination_may_be_asked_for_in_any_order(whole):
 def test_unknown_parts_are_told(alone):
     with pytest.warns(GearsWarning, match="zzz") as told:
         made = predict(alone, ask(["drug01", "drug01+zzz"], dose=100, line="line1"), cells=10**6)
-    assert "\n" not in str(told[0].message) and set(made.obs["rests_on"][made.obs["perturbation"] == "drug01+zzz"]) == {"mean"}
+    assert "\n" not in str(told[0].message) and set(made.obs["rests_on"][made.obs["perturbation"] == "drug01+zzz"]) == {"partly"}
     one, two = (moved(made)[made.obs["perturbation"] == p].mean(0) for p in ("drug01", "drug01+zzz"))
     assert np.corrcoef(one, two)[0, 1] > 0.9
 
@@ -831,3 +832,19 @@ def test_means_and_contrasts_by_hand():
         found = contrasts(lines, "ours", ["theirs", "absent"], column)
         assert found["other"].tolist() == ["theirs"] and np.isclose(found.loc[0, "difference"], 0.2, atol=2e-3) and found.loc[0, "low"] <= found.loc[0, "difference"] <= found.loc[0, "high"] and found.loc[0, "conditions"] == 12
     assert np.isclose(contrasts(lines, "theirs", ["ours"], "pcc_top20").loc[0, "difference"], -0.2)
+
+
+def test_names_are_understood_as_the_model_spells_them(whole):
+    a = predict(whole, ask(["Drug 01", " DRUG-02 "], dose=100, line="LINE 1"), cells=3)
+    b = predict(whole, ask(["drug01", "drug02"], dose=100, line="line1"), cells=3)
+    assert np.array_equal(a.X, b.X) and list(a.obs["perturbation"]) == list(b.obs["perturbation"]) and set(a.obs["line"]) == {"line1"}
+    none = predict(whole, ask("DMSO", dose=100, line="line1"), cells=3)
+    assert set(none.obs["perturbation"]) == {CONTROL} and not none.layers["difference"].any()
+
+
+@pytest.mark.parametrize("wrong", [lambda m: ask(None), lambda m: ask(5), lambda m: ask("drug01", dose=True), lambda m: ask("drug01", line=3), lambda m: predict(m, "drug01"),
+                                   lambda m: predict(m, ASKED, cells=2.5), lambda m: predict(m, ASKED, cells=True)])
+def test_questions_that_are_none_are_refused_in_one_line(whole, wrong):
+    with pytest.raises(InputError) as told:
+        wrong(whole)
+    assert "\n" not in str(told.value) and "Remedy" in str(told.value)

@@ -93,9 +93,9 @@ def fit_variances(Y: np.ndarray, K: np.ndarray, N: np.ndarray, iterations: int =
     found = logs.detach().clamp(-14, 8).exp().numpy()
     return np.append(found[:-1], 1 + found[-1])
 
-# %% ../../nbs/perturb/09_anchor.ipynb #37d149e2
+# %% ../../nbs/perturb/09_anchor.ipynb #ee16435b
 def rehearsal_folds(table: Conditions, expects: str, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Fold of every condition `(c,)`, held out as rule `expects` of `splits` would: whole perturbations, lines, or pairs of both with all doses; single conditions otherwise.
+    """Fold of every condition `(c,)`, held out as rule `expects` of `splits` would: whole perturbations, lines, or pairs of both with all doses (of several lines); single conditions otherwise.
 
     Of combinations one part decides, so that a held-out part may still be taught in another combination: kinder than the split."""
     rng = np_rng(seed, "perturb", "rehearsal")
@@ -104,7 +104,8 @@ def rehearsal_folds(table: Conditions, expects: str, folds: int = 5, seed: int =
     elif expects == "perturbation":
         label = np.array([min(parts(p) or ("",), key=lambda part: stream_seed(seed, part)) for p in table.perturbation])
     else:
-        label = np.array([f"{m}, {p}" for m, p in zip(table.line, table.perturbation)] if expects == "pair" else table.names)
+        pairs = expects == "pair" and len(set(table.line)) > 1  # of one line, a pair left out is a perturbation left out: rule `perturbation`
+        label = np.array([f"{m}, {p}" for m, p in zip(table.line, table.perturbation)] if pairs else table.names)
     names, number = np.unique(label, return_inverse=True)
     return (rng.permutation(len(names)) % min(folds, len(names)))[number]
 

@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 __all__ = ['FILES', 'SPLITS', 'SIMULATED', 'MOST', 'METHODS', 'BASELINES', 'SCORES', 'Task', 'task', 'answer', 'board_row',
            'by_method', 'contrasts', 'plot_methods']
 
-# %% ../../nbs/perturb/17_board.ipynb #ecfc3935
+# %% ../../nbs/perturb/17_board.ipynb #c5e03288
 FILES = {"papalexi": "perturb_papalexi_eccite/perturb_papalexi_eccite.h5ad", "norman": "perturb_norman_mcfaline/perturb_norman_mcfaline_mini.h5ad", "kang": "perturb_kang_ifnb/kang_pbmc_2000.h5ad",
          "l1000_smiles": "perturb_l1000_smiles/perturb_l1000_ht115_smiles.h5ad", "l1000_dose": "perturb_l1000_dose/l1000_a375_ljp005.h5ad"}
 SPLITS = {"papalexi": ("random", "perturbation", "batch"), "norman": ("random", "perturbation", "line", "pair", "combination"), "kang": ("random", "line", "pair"),
-          "l1000_smiles": ("random", "perturbation", "dose"), "l1000_dose": ("random", "perturbation", "dose"),
+          "l1000_smiles": ("random", "perturbation"), "l1000_dose": ("random", "perturbation", "dose"),
           "simulated": ("random", "perturbation", "line", "pair", "dose", "combination", "batch"), "tiny": ("pair", "perturbation")}
 SIMULATED: dict[str, dict[str, Any]] = {"simulated": {"combinations": 6, "n_cells": 6000}, "tiny": {"n_cells": 900, "n_genes": 60, "n_drugs": 5, "n_modules": 4, "doses": (100.0, 10000.0)}}
 

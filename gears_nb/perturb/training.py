@@ -52,7 +52,7 @@ class Lines:
         square = np.square(P[:, None] - P[None]).sum(-1)
         return float(np.median(square[square > 0])) if (square > 0).any() else 1.0
 
-# %% ../../nbs/perturb/11_training.ipynb #376daf89
+# %% ../../nbs/perturb/11_training.ipynb #99571858
 @dataclass(frozen=True)
 class Describer(Lines):
     "What is needed to describe conditions to a network."
@@ -72,10 +72,10 @@ class Describer(Lines):
         return replace(self, lines=self.lines | profile)
 
     def fallback(self, table: Conditions) -> np.ndarray:
-        "What a prediction of each condition rests on `(c,)`: `seen` parts, `descriptor`, or `mean` where nothing is known of a part."
+        "What a prediction of each condition rests on `(c,)`: `seen` parts, `descriptor`, `partly` where nothing is known of one part of several, `mean` where nothing is known."
         known, described = set(self.parts), set() if self.descriptors is None else set(self.descriptors.names)
-        worst = lambda name: max((0 if p in known else 1 if p in described else 2 for p in parts(name)), default=0)
-        return np.array(["seen", "descriptor", "mean"])[[worst(name) for name in table.perturbation]]
+        kinds = [{0 if p in known else 1 if p in described else 3 for p in parts(name)} or {0} for name in table.perturbation]
+        return np.array(["seen", "descriptor", "partly", "mean"])[[2 if 3 in own and len(own) > 1 else max(own) for own in kinds]]
 
     def facts(self, table: Conditions, batch: np.ndarray | None = None) -> Facts:
         "`Facts` of conditions; `batch`: names `(c,)` (None, or not among the training batches: unknown)."
