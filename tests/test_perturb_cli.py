@@ -1,5 +1,7 @@
 """`gears perturb` as processes of their own: a file in, a model out; words in, a table out; one line for what cannot be used."""
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -7,10 +9,13 @@ import pytest
 from anndata import AnnData, read_h5ad
 from forks import command, forked
 
+from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.data.io import write_h5ad
+from gears_nb.perturb.descriptors import Descriptors
 from gears_nb.perturb.perturb import Perturb, ask, load, predict
 from gears_nb.perturb.simulator import simulate_screen
 from gears_nb.runs.cli import main
+from gears_nb.runs.screens import _controls_for, asked_conditions, described_in, fold_names, read_described
 
 pytestmark = forked
 SCREEN, _ = simulate_screen(n_cells=240, n_genes=30, n_drugs=4, n_lines=2, n_modules=4, doses=(100.0, 1000.0), combinations=2, seed=0)
@@ -33,6 +38,10 @@ def home(tmp_path_factory):
     untouched = table(SCREEN)[SCREEN.control & (SCREEN.line == "line1")].copy()
     untouched.obs = untouched.obs[[]]
     write_h5ad(untouched, folder / "untouched.h5ad")
+    other = table(SCREEN)
+    other.obs["cell_line"] = np.where(SCREEN.line == "line1", "LINE-1", "HeLa")
+    write_h5ad(other, folder / "spelt.h5ad")
+    pd.DataFrame(np.eye(2), index=["x", "y"]).to_csv(folder / "strange.csv")
     (folder / "taken").mkdir(), (folder / "taken" / "notes.txt").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEARS_CACHE", str(folder / "cache"))
@@ -92,8 +101,8 @@ def test_untouched_cells_of_another_line_and_names_that_nobody_knows(home):
     out = read_h5ad(home / "hela.h5ad")
     assert set(out.obs["line"]) == {"HeLa"} and out.n_obs == int((SCREEN.control & (SCREEN.line == "line1")).sum()) and set(out.obs["rests_on"]) == {"mean"}
     said = done.stderr.splitlines()
-    assert len(said) == 3 and all(line.startswith("warning: ") for line in said)
-    for words in ("doses outside 100 to 1000 nM", "near names are drug01", "nothing is known of drugg01"):
+    assert len(said) == 4 and all(line.startswith("warning: ") for line in said)
+    for words in ("line 'HeLa' was not learned from: predicted from its controls", "doses outside 100 to 1000 nM", "near names are drug01", "nothing is known of drugg01"):
         assert sum(words in line for line in said) == 1
 
 
@@ -107,6 +116,10 @@ def test_untouched_cells_of_another_line_and_names_that_nobody_knows(home):
     ((*FIT, "--model", "m", "--set", "network.layer=3"), "network.layers"),
     ((*FIT, "--model", "m", "--set", "seed=3"), "write --seed 1"),
     ((*FIT, "--model", "m", "--descriptors", "absent.csv"), "absent.csv"),
+    ((*FIT, "--model", "m", "--descriptors", "strange.csv"), "strange.csv: names: 0 of 4 perturbations of the screen are described (here are 'x', 'y', there 'drug01'"),
+    ((*PREDICT, *ASKED, "--out", "x.h5ad", "--line-key", "cell_line"), "--line-key: says how a file of controls is read, and none is given. Remedy: add --controls FILE.h5ad"),
+    ((*PREDICT, "--perturbation", " ", "--dose", "100", "--out", "x.h5ad"), "--perturbation: is empty"),
+    ((*PREDICT, "--perturbation", "drug01", "--dose", "0,1uM", "--out", "x.h5ad"), "'0,1uM' is no dose"),
     ((*FIT, "--model", "model"), "holds a model already"),
     ((*FIT, "--model", "taken"), "holds other files"),
     ((*FIT, "--model", "screen.h5ad"), "is a file"),
@@ -131,6 +144,75 @@ def test_bad_input_is_one_line_and_writes_nothing(home, monkeypatch, capsys, arg
     code, said = main(["perturb", *args]), capsys.readouterr().err
     assert code == 2 and words in said and said.count("\n") == 1 and "Remedy: " in said, said
     assert sorted(path.relative_to(home) for path in home.rglob("*")) == before
+
+
+def test_lines_of_a_file_of_controls_are_those_of_the_model(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert main(["perturb", *PREDICT, *ASKED, "--line", "Line 1", "hela", "--controls", "spelt.h5ad", "--out", "spelt_out.h5ad"]) == 0
+    out, said = read_h5ad(home / "spelt_out.h5ad"), capsys.readouterr()
+    assert set(out.obs["line"]) == {"line1", "HeLa"} and "controls: line: 'LINE-1' is 'line1' of the model" in said.out.splitlines()
+    assert said.err.count("\n") == 1 and "line 'HeLa' was not learned from: predicted from its controls (lines learned from are line1, line2)" in said.err
+    same = predict(load(home / "model"), ask(["drug01", "drug01+drug02"], dose=[100.0, 1000.0], line="line1"))
+    assert np.array_equal(out[out.obs["line"] == "line1"].X, same.X)  # as of the model's own cells
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(_controls_for(load(home / "model"), home / "spelt.h5ad", ["line1"], {})[0].line) == {"line1", "HeLa"}
+
+
+def test_controls_without_genes_that_the_model_does_not_use(home):
+    model = quiet(Perturb(profile="smoke", progress=False, n_hvg=20, **{"first.epochs": 0, "second.epochs": 0}).fit, SCREEN)
+    few = table(SCREEN)[:, np.sort(model.genes)].copy()
+    own, told = _controls_for(model, few, [], {})
+    assert own.g == 20 and any(note.startswith("genes: 10 of 30 are not in the table") for note in told)
+    with pytest.warns(GearsWarning, match="depth of the control cells is read from 20 of 30 genes"):
+        predict(model, ask("drug01", dose=100.0, line="line1"), controls=own)
+    with pytest.raises(InputError, match="of 20 genes are not in the table"):
+        _controls_for(model, few[:, :19].copy(), [], {})
+
+
+def test_names_of_descriptors_are_those_of_the_screen():
+    assert fold_names(["DRUG-01", "drug 02", "new"], ["drug01", "drug02", "drug03"], "d") == ["drug01", "drug02", "new"]
+    with pytest.warns(GearsWarning, match="1 of 4 perturbations of the screen are described .not 'drug02', 'drug03', 'drug04'"):
+        found = described_in(Descriptors(np.array(["Drug_01", "x"]), np.eye(2, dtype=np.float32)), SCREEN, "d.csv")
+    assert found.names.tolist() == ["drug01", "x"]
+    for names, words in ((["x"], "0 of 4 perturbations"), (["drug01", "DRUG 01"], "are one name")):
+        with pytest.raises(InputError, match=words):
+            fold_names(names, SCREEN.singles, "d.csv")
+
+
+def test_a_measured_compound_goes_before_a_descriptor():
+    describer = SimpleNamespace(parts=["drug01"], descriptors=SimpleNamespace(names=["DRUG-01", "new-1"]), lines={"line1": 0}, norm=SimpleNamespace(dose_ends=(2.0, 3.0)))
+    model = SimpleNamespace(fitted=SimpleNamespace(describer=describer))
+    found = asked_conditions(model, ["DRUG-01", "New 1"], ["1uM"], ["line1"], SCREEN)
+    assert found.perturbation.tolist() == ["drug01", "new-1"]
+
+
+def test_a_new_compound_with_a_structure_can_be_asked_for(home, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rdkit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    pd.DataFrame({"name": ["Drug-01", "drug02", "drug03", "drug04", "Novum 7"], "SMILES": ["CCO", "c1ccccc1", "CC(=O)O", "CCN", "CCCO"]}).to_csv("new.csv", index=False)
+    off = ("--set", "first.epochs=0", "second.epochs=0")
+    assert main(["perturb", *FIT[:1], "--screen", str(home / "screen.h5ad"), *FIT[3:], "--model", "m", "--descriptors", "new.csv", "--expects", "perturbation", *off]) == 0
+    assert main(["perturb", *PREDICT, "--model", "m", "--perturbation", "novum-7", "--dose", "100", "--out", "out.h5ad"]) == 0
+    out, said = read_h5ad("out.h5ad"), capsys.readouterr().err
+    assert set(out.obs["perturbation"]) == {"Novum 7"} and set(out.obs["rests_on"]) == {"descriptor"} and not said
+
+
+def test_structures_of_a_file_join_those_of_the_screen(tmp_path):
+    pytest.importorskip("rdkit")
+    (tmp_path / "a.csv").write_text("name,smiles\nNovum,CCCO\nempty,\n")
+    found = read_described(tmp_path / "a.csv")
+    assert found == {"Novum": "CCCO"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert described_in(found, replace(SCREEN, smiles=dict.fromkeys(SCREEN.singles, "CCO")), "a.csv").names.tolist() == [*SCREEN.singles, "Novum"]
+    with pytest.raises(InputError, match="0 of 4 perturbations"):
+        described_in(found, SCREEN, "a.csv")
+    (tmp_path / "b.csv").write_text("name,smiles\nA,CCCO\nA,C\n")
+    with pytest.raises(InputError, match="'A' is there more than once"):
+        read_described(tmp_path / "b.csv")
 
 
 def test_what_was_trained_before_an_interruption_is_not_trained_again(home, python, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gears_nb.core.errors import GearsWarning, InputError
 from gears_nb.data.registry import data_root
 from gears_nb.perturb.prepare import deltas, log_values
-from gears_nb.perturb.reading import CONTROLS, check_screen, factor, fold, merged, read_rows, read_screen, report, split_dose, split_name
+from gears_nb.perturb.reading import CONTROLS, check_screen, factor, fold, merged, read_controls, read_rows, read_screen, report, split_dose, split_name
 from gears_nb.perturb.screens import CONTROL, canonical, parts
 
 COUNTS = np.random.default_rng(0).poisson(1.5, (12, 5)) + np.eye(12, 5)
@@ -114,13 +114,44 @@ def test_doses_in_any_unit(number, gap, unit):
 
 
 @pytest.mark.parametrize("columns, options", [
-    ({"dose": [10, 0.04] * 6}, {"unit": "uM"}), ({"dose_uM": [10, 0.04] * 6}, {}), ({"dose (uM)": [10, 0.04] * 6}, {"dose_key": "dose (uM)"}), ({"dose": [10, 0.04] * 6, "Dose.Unit": ["um"] * 12}, {}),
+    ({"dose": [10, 0.04] * 6}, {"unit": "uM"}), ({"dose_uM": [10, 0.04] * 6}, {}), ({"dose (uM)": [10, 0.04] * 6}, {"dose_key": "dose (uM)"}), ({"Dose (uM)": [10, 0.04] * 6}, {}), ({"DOSE[\u00b5M]": [10, 0.04] * 6}, {}), ({"conc_uM": [10, 0.04] * 6}, {}), ({"dose": [10, 0.04] * 6, "Dose.Unit": ["um"] * 12}, {}),
     ({"pert_dose": [10, 0.04] * 6, "pert_dose_unit": ["uM", "um"] * 6}, {}), ({"dose": [10, 40] * 6, "dose_unit": ["uM", "nM"] * 6}, {}), ({"dose": ["10 uM", "40nM"] * 6}, {}),
     ({"dose": pd.Categorical(["10.0 um", "0.04 um"] * 6)}, {}), ({"dose": [10000, 40] * 6}, {}), ({"dose": [1, 1] * 6, "pert_idose": ["10 uM", "0.04 uM"] * 6}, {}),
     ({"dose": ["1e4 nM", "40"] * 6}, {"unit": "nM"}), ({"dose": ["0.00001 M", "0.00004 mM"] * 6}, {})])
 def test_the_same_doses_however_they_are_written(columns, options):
     screen = quiet(table(**columns), **options)
     assert screen.dose[2:6].tolist() == [10000, 40, 10000, 40] and np.isnan(screen.dose[:2]).all()
+
+
+def test_a_unit_is_for_doses_without_one():
+    """Neither the column of units nor the column's name is overruled by `unit`, and the remedy for a gap in the units does what it says."""
+    gaps = {"dose": [10, 10000] * 6, "dose_unit": ["uM", None] * 6}
+    with pytest.raises(InputError, match="say what the bare numbers are, for example unit='nM'"):
+        read_screen(table(**gaps))
+    assert set(quiet(table(**gaps), unit="nM").dose[2:6]) == {10000}
+    for columns in ({"dose_uM": [10, 0.04] * 6}, {"dose": [10, 0.04] * 6, "dose_unit": ["uM"] * 12}, {"dose": ["10 uM", "0.04 uM"] * 6}):
+        with pytest.warns(GearsWarning, match="8 doses of obs.* keep it, unit='nM' is for those without"):
+            assert read_screen(table(**columns), unit="nM").dose[2:4].tolist() == [10000, 40]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_screen(table(**columns), unit="uM")
+
+
+@pytest.mark.parametrize("dose", ["0,1 uM", "0,1", "0-100 nM", "0 - 100 nM", "1,000 nM", "0 ug/ml", "1 to 10 uM", "0 x"])
+def test_what_is_no_number_with_a_unit_never_makes_a_control(dose):
+    with pytest.raises(InputError, match="is no unit of concentration. Remedy: .*dose_key='none'") as caught:
+        read_screen(table(dose=["1 uM", "1 uM", dose, "1 uM"] * 3))
+    assert repr(dose) in str(caught.value) and "\n" not in str(caught.value)
+    screen = quiet(table(dose=[dose, dose, "1 uM", "1 uM", "0 uM", "1 uM"] * 2))  # whatever stands beside a control
+    assert screen.dose[2] == 1000 and screen.control.tolist() == [True, True, False, False, True, False] * 2
+
+
+@pytest.mark.parametrize(("doses", "loud"), [([-8, -6.5], True), ([-2, 0], True), ([-666, -666], False), ([-666, 5], False), ([-1, 5], False)])
+def test_logarithms_of_doses_are_suspected(doses, loud):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read_screen(table(drug=["DMSO", "A"] * 6, dose=[1, doses[0]] * 3 + [1, doses[1]] * 3))
+    assert any("1e9 * 10**dose" in str(w.message) for w in said) == loud
 
 
 def test_coded_and_zero_doses():
@@ -296,7 +327,12 @@ BAD = {
     "z-scores": (lambda: table(COUNTS - 3), {}, "negative.*cell 'c0', gene 'g"),
     "nan": (lambda: table(np.where(np.eye(12, 5) > 0, np.nan, COUNTS)), {}, "NaN or infinite.*cell 'c0', gene 'g0'"),
     "not logarithms": (lambda: table(COUNTS * 100.5 + 0.25), {}, "neither counts nor logarithms"),
-    "empty": (lambda: table(np.zeros((12, 5))), {}, "no control cells|all"),
+    "zeros": (lambda: table(np.zeros((12, 5))), {}, "no value other than 0 in 12 cells.*layer="),
+    "controls of zeros": (lambda: table(COUNTS * (np.array(NAMES) != "DMSO")[:, None]), {}, "no value other than 0 in 4 control cells.*layer="),
+    "empty": (lambda: table()[:0], {}, "there are no cells in the table"),
+    "blank controls": (lambda: table(drug=[None, "A"] * 6), {}, "no control cells, and 6 cells without a name.*is_control"),
+    "control without a name": (lambda: table(drug=["", "A"] * 6), {"control": ""}, "name is empty.*is_control"),
+    "controls of no line": (lambda: table(cell_line=[None, None, "K", "K", "K", "K"] * 2), {}, "line is unknown for 4 control cells.*line_key='none'"),
 }
 
 
@@ -306,6 +342,45 @@ def test_bad_input_is_one_line(case):
     make, options, pattern = BAD[case]
     with pytest.raises(InputError, match=pattern) as caught:
         read_screen(make(), **options)
+    assert "\n" not in str(caught.value) and "Remedy: " in str(caught.value)
+
+
+# controls alone -------------------------------------------------------------------------------------------------------
+
+GENES = [f"g{j}" for j in range(5)]
+
+
+def test_controls_say_what_they_leave_out():
+    X = COUNTS.copy()
+    X[1] = 0
+    adata = table(X, cell_line=["K"] * 6 + [None] + ["K"] * 5)
+    with pytest.warns(GearsWarning) as said:
+        found = read_controls(adata, GENES)
+    told = " | ".join(str(w.message) for w in said)
+    assert found.cells.tolist() == ["c0", "c7"] and len(said) == 2
+    assert "AnnData: line: unknown for 1 of 4 control cells, left out" in told and "1 control cell without any value, left out" in told
+    assert "perturbation: 8 of 12 cells are no controls, left out" in found.notes
+
+
+def test_controls_need_only_the_genes_that_are_needed():
+    adata = table()[:, ["g4", "g0", "g2"]].copy()
+    found = read_controls(adata, GENES, needed=["g2", "g0"])
+    assert found.genes.tolist() == ["g0", "g2", "g4"] and np.array_equal(found.values.toarray(), COUNTS[[0, 1, 6, 7]][:, [0, 2, 4]])
+    assert "genes: 2 of 5 are not in the table, and are not needed ('g1', 'g3')" in found.notes
+    same(read_controls(table(), GENES, needed=["g2"]), read_controls(table(), GENES))
+    with pytest.raises(InputError, match="1 of 2 genes are not in the table .'g1'"):
+        read_controls(adata, GENES, needed=["g1", "g2"])
+    with pytest.raises(InputError, match="2 of 5 genes"):
+        read_controls(adata, GENES)
+
+
+@pytest.mark.parametrize(("make", "options", "pattern"), [
+    (lambda: table(), {"linekey": "x"}, "linekey: is no option. Remedy: did you mean line_key?"), (lambda: table(), {"zzz": None}, "zzz: is no option"),
+    (lambda: table()[:0], {}, "there are no cells in the table"), (lambda: table(np.zeros((12, 5))), {}, "no value other than 0 in 4 cells.*layer="),
+    (lambda: table(cell_line=[None] * 12), {}, "line is unknown for 4 control cells"), (lambda: table(drug=["A"] * 12), {}, "no control cells.*perturbation_key='none'")])
+def test_controls_that_cannot_be_used(make, options, pattern):
+    with pytest.raises(InputError, match=pattern) as caught:
+        read_controls(make(), GENES, **options)
     assert "\n" not in str(caught.value) and "Remedy: " in str(caught.value)
 
 

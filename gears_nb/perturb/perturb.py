@@ -269,7 +269,7 @@ def ask(perturbation: str | list[str], *, dose: float | list[float] | None = Non
     rows = [(m, canonical(p) if "+" in p else p, np.nan if d is None else float(d)) for m in listed(line) for p in listed(perturbation) for d in listed(dose)]
     return Conditions(*(np.array(column) for column in zip(*rows)))
 
-# %% ../../nbs/perturb/16_perturb.ipynb #7c102aaf
+# %% ../../nbs/perturb/16_perturb.ipynb #7d1e26b2
 def _known_line(controls: Screen, line: str) -> np.ndarray:
     rows = np.flatnonzero(controls.line == line)
     if not len(rows):
@@ -288,7 +288,7 @@ def predict(model: Perturb, asked: Conditions, *, controls: AnnData | Screen | N
     fitted, norm = model.fitted, model.fitted.describer.norm
     if not isinstance(asked, Conditions):
         raise InputError("perturb", "asked", f"is {asked!r}", "write ask('JQ1', dose=100, line='K562')")
-    own = model._controls if controls is None else controls if isinstance(controls, Screen) else read_controls(controls, _all_genes(model), **reading)
+    own = model._controls if controls is None else controls if isinstance(controls, Screen) else read_controls(controls, _all_genes(model), needed=[str(g) for g in model.genes], **reading)
     if own.counts != fitted.counts:
         raise InputError("perturb", "controls", f"are {'counts' if own.counts else 'logarithms'}, the model learned from {'counts' if fitted.counts else 'logarithms'}", "give the same kind")
     if isinstance(cells, bool) or not isinstance(cells, (int, np.integer)) or cells < 1 or not len(asked):

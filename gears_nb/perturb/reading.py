@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CONTROLS', 'ABSENT', 'FACTORS', 'DOSE', 'KEYS', 'CHUNK_ROWS', 'CHUNK_VALUES', 'MAX_LOG', 'FEW_CELLS', 'Told', 'some',
-           'many', 'fold', 'merged', 'split_name', 'texts', 'clean_names', 'factor', 'split_dose', 'named_unit',
-           'plain_key', 'unit_column', 'knows_unit', 'read_doses', 'find_columns', 'control_names', 'marked_controls',
-           'with_controls', 'read_labels', 'structures', 'Table', 'opened', 'read_rows', 'are_counts', 'choose_place',
-           'read_values', 'chosen_rows', 'read_screen', 'report', 'check_screen', 'read_controls']
+__all__ = ['CONTROLS', 'ABSENT', 'FACTORS', 'DOSE', 'KEYS', 'NAMELESS', 'CHUNK_ROWS', 'CHUNK_VALUES', 'MAX_LOG', 'FEW_CELLS',
+           'Told', 'some', 'many', 'fold', 'merged', 'split_name', 'texts', 'clean_names', 'factor', 'split_dose',
+           'named_unit', 'plain_key', 'unit_column', 'knows_unit', 'read_doses', 'find_columns', 'control_names',
+           'marked_controls', 'with_controls', 'read_labels', 'structures', 'Table', 'opened', 'read_rows',
+           'are_counts', 'choose_place', 'read_values', 'chosen_rows', 'check_full', 'read_screen', 'report',
+           'check_screen', 'read_controls']
 
 # %% ../../nbs/perturb/02_reading.ipynb #b3c31cc4
 @dataclass(frozen=True)
@@ -165,10 +166,11 @@ def named_unit(key: str) -> str:
     found = re.search(r"[_.\s(\[]([pnum\u00b5\u03bc]m)[)\]]?$", key, re.IGNORECASE)
     return found.group(1) if found else ""
 
-# %% ../../nbs/perturb/02_reading.ipynb #d5bdecd5
+# %% ../../nbs/perturb/02_reading.ipynb #33658e17
 def plain_key(name: object) -> str:
-    "The name of a column without case; points, blanks and hyphens are read as `_`."
-    return re.sub(r"[\s.\-]+", "_", str(name)).casefold()
+    "The name of a column without case and brackets, `u` for micro; points, blanks and hyphens are read as `_`: `'Dose (uM)'` -> `'dose_um'`."
+    text = re.sub(r"[()\[\]]", " ", str(name)).strip() or str(name)
+    return re.sub(r"[\s.\-]+", "_", text).casefold().replace("\u03bc", "u")
 
 
 def unit_column(obs: pd.DataFrame, key: str) -> str | None:
@@ -184,13 +186,15 @@ def knows_unit(obs: pd.DataFrame, key: str) -> bool:
 
 
 def _units(obs: pd.DataFrame, key: str, unit: str | None, own: np.ndarray, given: np.ndarray, told: Told) -> np.ndarray:
-    "Unit of every dose `(n,)`: `own` where there is one, then `unit`, the column of units, the name of the column, nanomolar."
-    beside = unit_column(obs, key)
-    other = np.full(len(obs), unit or named_unit(key))
-    if unit is None and beside is not None:
+    "Unit of every dose `(n,)`: `own` where there is one, then the column of units, the name of the column, `unit`, nanomolar."
+    beside, said = unit_column(obs, key), np.full(len(obs), named_unit(key))
+    if beside is not None:
         codes, words = texts(obs[beside])
-        other = np.array([named_unit(key) if fold(word) in ABSENT or split_dose(word)[0] < 0 else word for word in words])[codes]
-    units = np.where(own != "", own, other)
+        said = np.array([named_unit(key) if fold(word) in ABSENT or split_dose(word)[0] < 0 else word for word in words])[codes]
+    said = np.where(own != "", own, said)
+    if unit is not None:
+        _tell_unit(said[given & (said != "")], unit, key, told)
+    units = np.where(said != "", said, unit or "")
     if not (given & (units != "")).any():
         if given.any():
             told.note(f"dose: obs[{key!r}] has no unit, nanomolar assumed ({option('unit', 'uM')} says otherwise)")
@@ -198,10 +202,18 @@ def _units(obs: pd.DataFrame, key: str, unit: str | None, own: np.ndarray, given
     bare = given & (units == "")
     if bare.any():
         raise told.refused(f"obs[{key!r}]", f"{many(int(bare.sum()), 'dose')} without a unit, {int((given & ~bare).sum())} with one",
-                           f"say what the bare numbers are, for example {option('unit', 'nM')}")
+                           f"say what the bare numbers are, for example {option('unit', 'nM')} (the others keep their unit)")
     return units
 
-# %% ../../nbs/perturb/02_reading.ipynb #e735e9a7
+
+def _tell_unit(said: np.ndarray, unit: str, key: str, told: Told) -> None:
+    "A warning if units that the table says are not `unit`."
+    other = sorted({word for word in said.tolist() if factor(word) != factor(unit)})
+    if other:
+        told.note(f"dose: {many(len(said), 'dose')} of obs[{key!r}] with a unit in the table ({some(other)}) keep it, "
+                  f"{option('unit', unit)} is for those without", loud=True)
+
+# %% ../../nbs/perturb/02_reading.ipynb #fe40770b
 def _tell_doses(value: np.ndarray, units: np.ndarray, key: str, told: Told) -> None:
     "Notes about distinct doses `value` and the units they were written in."
     found, cells = np.unique([{1e-3: "pM", 1.0: "nM", 1e3: "uM", 1e6: "mM", 1e9: "M"}[factor(u)] for u in units], return_counts=True)
@@ -217,7 +229,17 @@ def _tell_doses(value: np.ndarray, units: np.ndarray, key: str, told: Told) -> N
     elif given[-1] > 1e8 * given[0]:
         told.note(f"dose: {given[0]:g} to {given[-1]:g} nM is more than eight powers of ten, so units are probably mixed in obs[{key!r}]", loud=True)
 
-# %% ../../nbs/perturb/02_reading.ipynb #9c3931d3
+
+def _tell_negative(number: np.ndarray, key: str, told: Told) -> None:
+    "A note about negative numbers; a warning if there is no positive one and they are too small to be codes."
+    negative = number < 0
+    if negative.any():
+        told.note(f"dose: a negative dose is read as missing ({many(int(negative.sum()), 'treated cell')})")
+    if not (number > 0).any() and (negative & (number > -20)).any():
+        told.note(f"dose: obs[{key!r}] has no dose above 0; if these are logarithms, write nanomolar instead (1e9 * 10**dose for log10 of molar), "
+                  f"or {option('dose_key', 'none')} to read without doses", loud=True)
+
+# %% ../../nbs/perturb/02_reading.ipynb #e7692cd4
 def read_doses(obs: pd.DataFrame, key: str, unit: str | None, told: Told) -> np.ndarray:
     "Doses `(n,)` in nanomolar of treated cells, NaN where missing. Raises `InputError` for what is no dose, and for bare numbers beside doses with a unit."
     if unit is not None and not factor(unit):
@@ -228,9 +250,14 @@ def read_doses(obs: pd.DataFrame, key: str, unit: str | None, told: Told) -> np.
     if wrong:
         raise told.refused(f"obs[{key!r}]", f"{some(wrong)} cannot be read as a dose",
                            f"write numbers or texts like '10 uM', or {option('dose_key', 'none')} to read without doses")
+    odd = [(word, own) for word, (_, own) in zip(raw, split) if own and not factor(own)]
+    if odd:
+        digits = any(re.search(r"\d", own) for _, own in odd)
+        remedy = "write one number, a point for decimals, and its unit, such as '0.1 uM'" if digits else "convert the doses to nM"
+        raise told.refused(f"obs[{key!r}]", f"in {some([word for word, _ in odd])}, {some(sorted({own for _, own in odd}))} is no unit of concentration",
+                           f"{remedy}, or {option('dose_key', 'none')} to read without doses")
     number, own = np.array([n for n, _ in split])[codes], np.array([u for _, u in split])[codes]
-    if (number < 0).any():
-        told.note(f"dose: a negative dose is read as missing ({many(int((number < 0).sum()), 'treated cell')})")
+    _tell_negative(number, key, told)
     units = _units(obs, key, unit, own, number > 0, told)
     unknown = sorted({u for u in units[number > 0] if not factor(u)})
     if unknown:
@@ -242,10 +269,11 @@ def read_doses(obs: pd.DataFrame, key: str, unit: str | None, told: Told) -> np.
     _tell_doses(value, units[number > 0], key, told)
     return np.array([float(f"{v:.12g}") for v in value])[place]
 
-# %% ../../nbs/perturb/02_reading.ipynb #81f30710
+# %% ../../nbs/perturb/02_reading.ipynb #cf431991
 KEYS = {
     "perturbation": ("perturbation", "compound", "product_name", "drug", "treatment", "condition", "pert_iname", "target", "gene", "guide_identity"),
-    "dose": ("dose", "dose_value", "pert_dose", "dose_nm", "dose_um", "dose_mm", "concentration", "conc", "pert_idose"),
+    "dose": ("dose", "dose_value", "pert_dose", "dose_nm", "dose_um", "dose_mm", "concentration", "conc", "pert_idose",
+             "concentration_nm", "concentration_um", "conc_nm", "conc_um"),
     "line": ("cell_line", "cell_type", "cell_id", "line", "cell_type_pred"),
     "batch": ("batch", "plate", "hash", "replicate", "rna_plate", "det_plate", "gemgroup"),
     "smiles": ("smiles", "canonical_smiles"),
@@ -293,7 +321,11 @@ def find_columns(obs: pd.DataFrame, keys: Mapping[str, str | None], unit: str | 
                            f"name it: {option('perturbation_key', 'COLUMN')}")
     return out
 
-# %% ../../nbs/perturb/02_reading.ipynb #84a5a547
+# %% ../../nbs/perturb/02_reading.ipynb #61314aeb
+NAMELESS = "write 'control' in the column for untouched cells, or mark them (1, others 0) in a column is_control"
+"What to do about controls without a name."
+
+
 def control_names(column: pd.Series, control: str | Sequence[str] | None, told: Told) -> frozenset[str]:
     "Folded names of controls: `CONTROLS`, or what the user gave. Raises `InputError` with near names for one that is not there."
     if control is None:
@@ -301,6 +333,8 @@ def control_names(column: pd.Series, control: str | Sequence[str] | None, told: 
     words = {fold(word): word for name in texts(column)[1] for word in split_name(name) if word}
     given = [control] if isinstance(control, str) else list(control)
     for name in given:
+        if not fold(name):
+            raise told.refused("control", "the name is empty", NAMELESS)
         if fold(name) not in words:
             near = [words[w] for w in difflib.get_close_matches(fold(name), list(words), 3)] or sorted(words.values())
             raise told.refused("control", f"no cell is called {name!r}", f"name the controls as the file does, such as {some(near)}")
@@ -414,7 +448,7 @@ def _of_file(file: Any, source: str) -> Table:
     found |= {name: (layer, genes) for name, layer in file.get("layers", {}).items()}
     return Table(source, obs, {name: (sparse_dataset(m) if isinstance(m, h5py.Group) else m, own) for name, (m, own) in found.items()})
 
-# %% ../../nbs/perturb/02_reading.ipynb #1decac30
+# %% ../../nbs/perturb/02_reading.ipynb #b2fc295d
 @contextmanager
 def opened(source: AnnData | str | Path) -> Iterator[Table]:
     "The `Table` of an AnnData, an `.h5ad` or a Zarr store. Raises `InputError` for anything else."
@@ -435,6 +469,8 @@ def opened(source: AnnData | str | Path) -> Iterator[Table]:
                 table = _of_file(stack.enter_context(h5py.File(source, "r")), str(source))
             except Exception:  # whatever it was: the general reader reads it or says why it cannot be read
                 table = _of_anndata(read_h5ad(Path(source)), str(source))
+        if not len(table.obs):
+            raise InputError(table.source, "obs", "there are no cells in the table", "give a table with a row for every cell")
         yield table
 
 # %% ../../nbs/perturb/02_reading.ipynb #3227c6bf
@@ -493,9 +529,12 @@ def choose_place(table: Table, layer: str | None, rows: np.ndarray, told: Told) 
         told.note(f"values: X does not hold counts, {better[0]!r} does and was read")
     return better[0] if better else known[0]
 
-# %% ../../nbs/perturb/02_reading.ipynb #7a6e00fd
-def read_values(table: Table, place: str, rows: np.ndarray, genes: Sequence[str] | None, told: Told) -> tuple[sp.csr_matrix, np.ndarray, bool]:
-    "Values `(len(rows), g)`, names of genes, and whether they are counts. Raises `InputError` for repeated names, missing genes and unusable values."
+# %% ../../nbs/perturb/02_reading.ipynb #8b950f4a
+def read_values(table: Table, place: str, rows: np.ndarray, genes: Sequence[str] | None, told: Told,
+                needed: Sequence[str] | None = None) -> tuple[sp.csr_matrix, np.ndarray, bool]:
+    """Values `(len(rows), g)`, names of genes, and whether they are counts. `needed`: those of `genes` that must be there (None: all).
+
+    Raises `InputError` for repeated names, missing genes and unusable values."""
     from anndata import AnnData
 
     matrix, names = table.places[place]
@@ -503,8 +542,10 @@ def read_values(table: Table, place: str, rows: np.ndarray, genes: Sequence[str]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*names are not unique")
         check_names(AnnData(obs=frame, var=_indexed(names)), table.source)
-    columns = None if genes is None else _columns_of(names, list(genes), told)
-    names = names if columns is None else np.asarray(genes, dtype=str)
+    columns = None
+    if genes is not None:
+        found = _columns_of(names, list(genes), needed, told)
+        names, columns = np.asarray(genes, dtype=str)[found >= 0], found[found >= 0]
     X = read_rows(matrix, rows, columns)
     check_values(AnnData(X, obs=frame, var=_indexed(names)), table.source)
     whole = are_counts(X)
@@ -521,21 +562,32 @@ def _indexed(names: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(index=names.astype(object))
 
 
-def _columns_of(names: np.ndarray, genes: list[str], told: Told) -> np.ndarray:
-    "Columns of `genes`, found as written or, where that is unique, in another case."
+def _columns_of(names: np.ndarray, genes: list[str], needed: Sequence[str] | None, told: Told) -> np.ndarray:
+    "Columns of `genes`, found as written or, where that is unique, in another case; -1 for one that is neither there nor `needed`."
     found = locate(genes, names.tolist()).position
-    missing = [gene for gene, place in zip(genes, found) if place < 0]
+    absent = [gene for gene, place in zip(genes, found) if place < 0]
+    must = set(genes if needed is None else needed)
+    missing = [gene for gene in absent if gene in must]
     if missing:
-        raise told.refused("genes", f"{len(missing)} of {len(genes)} genes are not in the table ({some(missing)})",
-                           "leave them out of genes=, or give a table that has them")
+        other = "leave them out of genes=" if needed is None else "train on the genes that both have"
+        raise told.refused("genes", f"{len(missing)} of {len(must)} genes are not in the table ({some(missing)})", f"give a table that has them, or {other}")
+    if absent:
+        told.note(f"genes: {len(absent)} of {len(genes)} are not in the table, and are not needed ({some(absent)})")
     return found
 
-# %% ../../nbs/perturb/02_reading.ipynb #fba2f447
+# %% ../../nbs/perturb/02_reading.ipynb #39a97d71
+def _lineless(count: int, told: Told) -> InputError:
+    problem = f"the line is unknown for {many(count, 'control cell')}, all there are"
+    return told.refused("line", problem, f"fill it in, or {option('line_key', 'none')} to read without")
+
+
 def chosen_rows(obs: pd.DataFrame, labels: pd.DataFrame, keep: Callable[[pd.DataFrame], Any] | None, told: Told) -> np.ndarray:
     "Mask `(n,)` of rows that `keep` asks for, with known perturbation and line, in lines with controls."
     asked = np.ones(len(obs), bool) if keep is None else np.asarray(keep(obs))
     if asked.shape != (len(obs),) or asked.dtype != bool or not asked.any():
         raise told.refused("keep", "does not choose cells", "return one truth value per row of obs, true for at least one")
+    control = asked & (labels["perturbation"] == CONTROL).to_numpy()
+    nameless = int((asked & (labels["perturbation"] == "").to_numpy()).sum())
     for role in ("perturbation", "line"):
         unknown = asked & (labels[role] == "").to_numpy()
         if unknown.any():
@@ -543,13 +595,25 @@ def chosen_rows(obs: pd.DataFrame, labels: pd.DataFrame, keep: Callable[[pd.Data
         asked &= ~unknown
     rows = np.flatnonzero(asked)
     names, line = (labels[role].to_numpy(str)[rows] for role in ("perturbation", "line"))
+    if control.any() and not (names == CONTROL).any():
+        raise _lineless(int(control.sum()), told)
+    if nameless and not control.any():
+        raise told.refused("perturbation", f"there are no control cells, and {many(nameless, 'cell')} without a name", NAMELESS)
     asked[rows] = with_controls(names, line, told)
     return asked
 
 
+def check_full(full: np.ndarray, control: np.ndarray, told: Told) -> None:
+    "Raise `InputError` unless a cell and a control are among those with a value: masks `(n,)`."
+    if not (full & control).any():
+        who = many(int(control.sum()), "control cell") if full.any() else many(len(full), "cell")
+        raise told.refused("values", f"no value other than 0 in {who}", f"store the counts in adata.X, or say where they are: {option('layer', 'NAME')}")
+
+# %% ../../nbs/perturb/02_reading.ipynb #0b4f1e9e
 def _finished(screen: Screen, source: str, told: Told) -> Screen:
     "`screen` without empty cells, with all notes; issues the warnings."
     full = np.diff(screen.values.indptr) > 0
+    check_full(full, screen.control, told)
     if not full.all():
         told.note(f"values: {many(int((~full).sum()), 'cell')} without any value, left out", loud=True)
         screen = screen.take(full)
@@ -629,25 +693,55 @@ def check_screen(screen: Screen) -> tuple[str, ...]:
              (found.take(small).names, f"of {len(found)} conditions have fewer than {FEW_CELLS} cells"), (idle, "lines have no treated cells")]
     return tuple(f"{len(names)} {text} ({some(names)})" for names, text in lines if names)
 
-# %% ../../nbs/perturb/02_reading.ipynb #3c321175
-def read_controls(source: AnnData | str | Path, genes: Sequence[str], *, control: str | Sequence[str] | None = None, unit: str | None = None,
-                  layer: str | None = None, **keys: str | None) -> Screen:
+# %% ../../nbs/perturb/02_reading.ipynb #7b5b7b29
+def _as_controls(obs: pd.DataFrame, keys: Mapping[str, str | None]) -> tuple[pd.DataFrame, dict[str, str | None]]:
+    "`obs` and `keys` as they are, or, without a known column of perturbations, with one: `control` for marked cells, for all if there are no marks."
+    named = keys.get("perturbation_key")
+    if named != "none" and (named is not None or any(plain_key(name) in KEYS["perturbation"] for name in obs.columns)):
+        return obs, dict(keys)
+    marked = marked_controls(obs)
+    return obs.assign(perturbation=np.where(marked | (not marked.any()), CONTROL, "")), {**keys, "perturbation_key": "perturbation"}
+
+
+def _control_rows(labels: pd.DataFrame, told: Told) -> np.ndarray:
+    "Numbers of the rows that are controls of a known line. Raises `InputError` without one."
+    control, lined = (labels["perturbation"] == CONTROL).to_numpy(), (labels["line"] != "").to_numpy()
+    total, lost = int(control.sum()), int((control & ~lined).sum())
+    if not total:
+        remedy = f"name them: {option('control', 'NAME')}; or {option('perturbation_key', 'none')} if all cells are untouched"
+        raise told.refused("perturbation", "there are no control cells", remedy)
+    if lost == total:
+        raise _lineless(total, told)
+    if lost:
+        told.note(f"line: unknown for {lost} of {many(total, 'control cell')}, left out", loud=True)
+    if total < len(labels):
+        told.note(f"perturbation: {len(labels) - total} of {many(len(labels), 'cell')} are no controls, left out")
+    return np.flatnonzero(control & lined)
+
+# %% ../../nbs/perturb/02_reading.ipynb #c09e2bf6
+def read_controls(source: AnnData | str | Path, genes: Sequence[str], *, needed: Sequence[str] | None = None, control: str | Sequence[str] | None = None,
+                  unit: str | None = None, layer: str | None = None, **keys: str | None) -> Screen:
     """Control cells of a table or file as a `Screen` with the columns `genes`; all cells are controls if nothing in the file says otherwise,
-    or with `perturbation_key="none"`. Raises `InputError` as `read_screen`, and without controls."""
+    or with `perturbation_key="none"`. `needed`: those of `genes` that must be there (None: all), others are left out where absent; `keys`: as of
+    `read_screen`. Raises `InputError` as `read_screen`, and without controls; issues `GearsWarning` for controls left out."""
+    usual = [f"{role}_key" for role in KEYS]
+    for name in keys:
+        if name not in usual:
+            near = difflib.get_close_matches(name, [*usual, "needed", "control", "unit", "layer"], 1)
+            raise InputError("read_controls", name, "is no option", f"did you mean {near[0]}?" if near else f"use one of {', '.join(usual)}")
     with opened(source) as table:
-        told, obs, named = Told(table.source), table.obs, keys.get("perturbation_key")
-        if named == "none" or (named is None and not any(plain_key(name) in KEYS["perturbation"] for name in obs.columns)):
-            marked = marked_controls(obs)
-            obs = obs.assign(perturbation=np.where(marked | (not marked.any()), CONTROL, ""))
-            keys = {**keys, "perturbation_key": "perturbation"}
+        told = Told(table.source)
+        obs, keys = _as_controls(table.obs, keys)
         columns = find_columns(obs, {role: keys.get(f"{role}_key") for role in KEYS}, unit, told)
         labels = read_labels(obs, columns, control, unit, told)
-        rows = np.flatnonzero((labels["perturbation"] == CONTROL) & (labels["line"] != ""))
-        if not len(rows):
-            remedy = f"name them: {option('control', 'NAME')}; or {option('perturbation_key', 'none')} if all cells are untouched"
-            raise told.refused("perturbation", "there are no control cells", remedy)
-        values, names, counts = read_values(table, choose_place(table, layer, rows, told), rows, list(genes), told)
-        line, batch = (labels[role].to_numpy(str)[rows] for role in ("line", "batch"))
-        cells, nothing = np.asarray(obs.index[rows], dtype=str), np.full(len(rows), np.nan)
-        own = Screen(values, counts, names, cells, np.full(len(rows), CONTROL), nothing, line, batch, notes=tuple(told.notes))
-    return own.take(np.diff(values.indptr) > 0)
+        rows = _control_rows(labels, told)
+        values, names, counts = read_values(table, choose_place(table, layer, rows, told), rows, list(genes), told, needed)
+    full = np.diff(values.indptr) > 0
+    check_full(full, np.ones(len(rows), bool), told)
+    if not full.all():
+        told.note(f"values: {many(int((~full).sum()), 'control cell')} without any value, left out", loud=True)
+    for text in told.loud:
+        warnings.warn(f"{told.source}: {text}", GearsWarning, stacklevel=2)
+    line, batch = (labels[role].to_numpy(str)[rows] for role in ("line", "batch"))
+    cells, nothing = np.asarray(obs.index[rows], dtype=str), np.full(len(rows), np.nan)
+    return Screen(values, counts, names, cells, np.full(len(rows), CONTROL), nothing, line, batch, notes=tuple(told.notes)).take(full)

@@ -224,7 +224,7 @@ def _perturb_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="where the model goes: a new or empty folder")
     add("--expects", choices=_RULES, default="pair", metavar="RULE", help="what it will be asked (see below; default pair)")
     add("--descriptors", metavar="FILE",
-        help="numbers for every perturbation: .csv, .tsv, .parquet (name first) or .npz (names, values); default: fingerprints of structures in the screen")
+        help="numbers for every perturbation: .csv, .tsv, .parquet (name first), .npz (names, values), or a table of name and smiles; default: fingerprints of structures in the screen")
     add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default), paper")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same data: same model (default 0)")
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as n_hvg=2000, network.refiner=none or second.epochs=40")

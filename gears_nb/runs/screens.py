@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from gears_nb.perturb.screens import Conditions, Screen
 
 # %% auto #0
-__all__ = ['COPIES', 'check_new_model', 'training_folder', 'reading_told', 'learned_told', 'fit_screen_file', 'known_name',
-           'nanomolar', 'asked_conditions', 'check_room', 'strongest', 'Predicted', 'predict_file']
+__all__ = ['COPIES', 'check_new_model', 'training_folder', 'reading_told', 'learned_told', 'known_name', 'fold_names',
+           'read_described', 'described_in', 'fit_screen_file', 'nanomolar', 'asked_conditions', 'check_room',
+           'strongest', 'Predicted', 'predict_file']
 
 # %% ../../nbs/runs/12_screens.ipynb #f7634a02
 def check_new_model(folder: str | Path, inputs: Sequence[str | Path] = ()) -> Path:
@@ -87,32 +88,7 @@ def learned_told(model: Perturb) -> str:
         what += helped if fitted.share else "; the network adds nothing, as it did not help on conditions held out"
     return f"{len(model.genes)} genes are predicted, {what}"
 
-# %% ../../nbs/runs/12_screens.ipynb #5dc0d3cf
-def fit_screen_file(screen: str | Path, folder: str | Path, *, descriptors: str | Path | None = None, expects: str = "pair", profile: str = "toy",
-                    seed: int = 0, overrides: Sequence[str] = (), progress: bool = True, say: Callable[[str], object] = print, **reading: Any) -> Perturb:
-    """Read a screen, learn from it, save the model in `folder`; `say` gets each line of what was read and learned, the first ones before training.
-
-    `descriptors`: file of `read_descriptors`; `expects`: a rule of `splits`; `overrides`: settings as `key=value`; `reading`: options of
-    `read_screen`. Raises `InputError` before anything is written."""
-    from gears_nb.perturb.descriptors import read_descriptors
-    from gears_nb.perturb.perturb import Perturb, save
-    from gears_nb.perturb.reading import read_screen
-
-    check_new_model(folder, [screen] if descriptors is None else [screen, descriptors])
-    check_cache()
-    model = Perturb(profile=profile, seed=seed, progress=None if progress else False, **_settings(overrides))
-    known = None if descriptors is None else read_descriptors(descriptors)
-    with heard() as said, working("reading the screen", progress):
-        table = read_screen(screen, **reading)
-    for line in reading_told(table, screen, said):
-        say(line)
-    with training_folder(model, table, expects, known) as stem:
-        model.fit(table, expects=expects, descriptors=known, checkpoint=stem)
-        save(model, folder)
-    say(f"{learned_told(model)}: {folder}")
-    return model
-
-# %% ../../nbs/runs/12_screens.ipynb #a3b567b5
+# %% ../../nbs/runs/12_screens.ipynb #ed4f56d0
 def known_name(text: str, known: Sequence[str]) -> str:
     "The one of `known` that `text` spells, `text` itself if it spells none."
     from gears_nb.perturb.reading import fold
@@ -120,6 +96,84 @@ def known_name(text: str, known: Sequence[str]) -> str:
     return {fold(name): str(name) for name in known}.get(fold(text), text)
 
 
+def fold_names(names: Sequence[str], singles: Sequence[str], source: str | Path, described: Mapping[str, str] | None = None) -> list[str]:
+    """Names in a file of descriptors as the screen writes its perturbations `singles`; `described`: what it describes itself.
+
+    Warns if fewer than half of the screen's perturbations are described. Raises `InputError` if none is, or for one that is there twice."""
+    from gears_nb.perturb.reading import fold, some, split_name
+
+    said, spelt = [" ".join(str(name).split()) for name in names], {fold(name): name for name in singles}
+    out = [name.replace("+", "plus") if len(split_name(name)) == 1 else name for name in said]
+    out = [spelt.get(fold(name), name) for name in out]
+    first: dict[str, str] = {}
+    for name, own in zip(said, out):
+        if own in first:
+            raise InputError(source, "names", f"{first[own]!r} and {name!r} are one name", "keep one row per name")
+        first[own] = name
+    lost = [name for name in singles if name not in first and name not in (described or {})]
+    problem = f"{len(singles) - len(lost)} of {len(singles)} perturbations of the screen are described"
+    if len(lost) == len(singles):
+        raise InputError(source, "names", f"{problem} (here are {some(said)}, there {some(singles)})", "name rows as the screen names its perturbations")
+    if 2 * len(lost) > len(singles):
+        warnings.warn(f"{source}: {problem} (not {some(lost)})", GearsWarning, stacklevel=3)
+    return out
+
+# %% ../../nbs/runs/12_screens.ipynb #ca2b139c
+def read_described(path: str | Path) -> Descriptors | dict[str, str]:
+    "Numbers of every perturbation (`read_descriptors`), or structures by name, if the only column beside the names is one of SMILES. Raises `InputError`."
+    from gears_nb.data.formats import read_parquet, read_table
+    from gears_nb.perturb.descriptors import read_descriptors
+    from gears_nb.perturb.reading import KEYS, plain_key
+
+    path = Path(path)
+    if not path.is_file() or path.suffix not in (".csv", ".tsv", ".txt", ".gz", ".parquet"):
+        return read_descriptors(path)
+    frame = read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+    if path.suffix == ".parquet" and frame.index.dtype.kind in "iu":
+        frame = frame.set_index(frame.columns[0])
+    if frame.shape[1] != 1 or plain_key(frame.columns[0]) not in KEYS["smiles"]:
+        return read_descriptors(path)
+    if frame.index.duplicated().any():
+        raise InputError(path, "names", f"{str(frame.index[frame.index.duplicated()][0])!r} is there more than once", "keep one row per name")
+    column = frame.iloc[:, 0]
+    return {str(name): str(text) for name, text in column[column.notna()].items()}
+
+
+def described_in(found: Descriptors | dict[str, str], screen: Screen, source: str | Path) -> Descriptors:
+    "What `read_described` found, under the names of `screen`; structures join those of the screen. Raises `InputError` as `fold_names` and `fingerprints`."
+    from gears_nb.perturb.descriptors import fingerprints
+
+    if isinstance(found, dict):
+        own = fold_names([*found], screen.singles, source, screen.smiles)
+        return fingerprints({**screen.smiles, **dict(zip(own, found.values()))})
+    return replace(found, names=np.array(fold_names(list(map(str, found.names)), screen.singles, source)))
+
+# %% ../../nbs/runs/12_screens.ipynb #ddcfedaf
+def fit_screen_file(screen: str | Path, folder: str | Path, *, descriptors: str | Path | None = None, expects: str = "pair", profile: str = "toy",
+                    seed: int = 0, overrides: Sequence[str] = (), progress: bool = True, say: Callable[[str], object] = print, **reading: Any) -> Perturb:
+    """Read a screen, learn from it, save the model in `folder`; `say` gets each line of what was read and learned, the first ones before training.
+
+    `descriptors`: file of `read_described`; `expects`: a rule of `splits`; `overrides`: settings as `key=value`; `reading`: options of
+    `read_screen`. Raises `InputError` before anything is written."""
+    from gears_nb.perturb.perturb import Perturb, save
+    from gears_nb.perturb.reading import read_screen
+
+    check_new_model(folder, [screen] if descriptors is None else [screen, descriptors])
+    check_cache()
+    model = Perturb(profile=profile, seed=seed, progress=None if progress else False, **_settings(overrides))
+    found = None if descriptors is None else read_described(descriptors)
+    with heard() as said, working("reading the screen", progress):
+        table = read_screen(screen, **reading)
+    for line in reading_told(table, screen, said):
+        say(line)
+    known = None if found is None or descriptors is None else described_in(found, table, descriptors)
+    with training_folder(model, table, expects, known) as stem:
+        model.fit(table, expects=expects, descriptors=known, checkpoint=stem)
+        save(model, folder)
+    say(f"{learned_told(model)}: {folder}")
+    return model
+
+# %% ../../nbs/runs/12_screens.ipynb #99fbf3a7
 def nanomolar(text: str) -> float:
     "A dose such as `100`, `1uM` or `0.5 mM`; without a unit, nanomolar. Raises `InputError`."
     from gears_nb.perturb.reading import factor, split_dose
@@ -135,22 +189,24 @@ def _known_perturbation(text: str, known: Sequence[str]) -> str:
     from gears_nb.perturb.reading import CONTROLS, fold, split_name
     from gears_nb.perturb.screens import CONTROL, canonical
 
+    if not text.strip():
+        raise InputError("gears perturb", "--perturbation", "is empty", "name what is done to the cells")
     own = lambda part: CONTROL if fold(part) in CONTROLS else known_name(part.replace("+", "plus"), known)
     name = canonical("+".join(map(own, split_name(text))))
     if name == CONTROL:
         raise InputError("gears perturb", "--perturbation", f"{text!r} is a control, from which predictions start", "name what is done to the cells")
     return name
 
-# %% ../../nbs/runs/12_screens.ipynb #32f8e380
+# %% ../../nbs/runs/12_screens.ipynb #83374688
 def asked_conditions(model: Perturb, perturbation: Sequence[str], dose: Sequence[str], line: Sequence[str], controls: Screen) -> Conditions:
     """All combinations of perturbations, doses and lines (none: all lines of `controls`), each once.
 
-    Warns of unknown names that have near ones. Raises `InputError` for a line without controls,
+    Warns of unknown names that have near ones, and of lines that the model never saw. Raises `InputError` for a line without controls,
     and without a dose where the model knows several."""
     from gears_nb.perturb.perturb import ask
 
     describer, lines = model.fitted.describer, [str(name) for name in np.unique(controls.line)]
-    known = [*describer.parts, *([] if describer.descriptors is None else describer.descriptors.names)]
+    known = [*([] if describer.descriptors is None else describer.descriptors.names), *describer.parts]  # the last of two spellings wins
     names = list(dict.fromkeys(_known_perturbation(text, known) for text in perturbation))
     wanted = list(dict.fromkeys(known_name(text, lines) for text in line)) or lines
     doses = list(dict.fromkeys(map(nanomolar, dose)))
@@ -160,6 +216,9 @@ def asked_conditions(model: Perturb, perturbation: Sequence[str], dose: Sequence
         raise InputError("gears perturb", "--line", problem, "name one of these, or give control cells of it: --controls FILE.h5ad")
     if high > low and not doses:
         raise InputError("gears perturb", "--dose", f"is missing, and the model knows doses from {low:g} to {high:g} nM", f"write --dose {high:g}")
+    if fresh := [name for name in wanted if name not in describer.lines]:
+        told = f"line {', '.join(map(repr, fresh[:5]))}{', ...' * (len(fresh) > 5)} was not learned from: predicted from its controls"
+        warnings.warn(f"gears perturb: {told} (lines learned from are {', '.join(list(describer.lines)[:8])})", GearsWarning, stacklevel=2)
     for part in sorted({part for name in names for part in name.split("+")} - set(map(str, known))):
         if near := difflib.get_close_matches(part, [str(name) for name in known], 3):
             warnings.warn(f"gears perturb: {part!r} is not in the model; near names are {', '.join(near)}", GearsWarning, stacklevel=2)
@@ -201,10 +260,10 @@ def strongest(out: AnnData, asked: Conditions, count: int = 4, limit: int = 30) 
         lines.append(f"{name:<{wide}}  {len(rows):>5}  {out.obs['rests_on'].iloc[rows[0]]:<10}  {told}")
     return lines + [f"and {len(asked) - limit} more conditions"] * (len(asked) > limit)
 
-# %% ../../nbs/runs/12_screens.ipynb #a771ef5b
+# %% ../../nbs/runs/12_screens.ipynb #14e51d1e
 @dataclass(frozen=True)
 class Predicted:
-    "What `predict_file` did: number of conditions, cells and genes, the table of text, and the file."
+    "What `predict_file` did: number of conditions, cells and genes, lines of text (how controls were read, then `strongest`), and the file."
 
     conditions: int
     cells: int
@@ -213,28 +272,44 @@ class Predicted:
     out: Path
 
 
-def _controls_for(model: Perturb, file: str | Path | None, line: Sequence[str], reading: Mapping[str, Any]) -> Screen:
-    "Control cells of the model, or of `file`; a file without lines takes the name of the one line that is asked for."
+def _controls_for(model: Perturb, file: str | Path | None, line: Sequence[str], reading: Mapping[str, Any]) -> tuple[Screen, tuple[str, ...]]:
+    """Control cells of the model, or of `file` with lines as the model writes them, and what is to say about reading.
+
+    A file without lines takes the name of the one line that is asked for."""
     from gears_nb.perturb.reading import read_controls
 
     own: Any = model._controls
     if file is None:
-        return own
-    new = read_controls(file, [str(gene) for gene in own.genes], **reading)
+        if given := [name for name, value in reading.items() if value is not None]:
+            name, problem = option(given[0]).removesuffix("...").strip("= "), "says how a file of controls is read, and none is given"
+            raise InputError("gears perturb", name, problem, "add --controls FILE.h5ad, or leave it out")
+        return own, ()
+    with heard() as said:
+        new = read_controls(file, [str(gene) for gene in own.genes], needed=[str(gene) for gene in model.genes], **reading)
     if new.counts != own.counts:
         kinds = {True: "counts", False: "logarithms"}
         problem, remedy = f"are {kinds[new.counts]}, the model learned from {kinds[own.counts]}", f"give {kinds[own.counts]}, or name where they are"
         raise InputError(file, "values", problem, f"{remedy}: {option('layer', 'NAME')}")
-    nameless = len(line) == 1 and not any(note.startswith("line:") for note in new.notes)
-    return replace(new, line=np.full(new.n, line[0])) if nameless else new
+    if len(line) == 1 and not any(note.startswith("line:") for note in new.notes):
+        new = replace(new, line=np.full(new.n, line[0]))
+    new, told = _lines_of(new, list(model.fitted.describer.lines))
+    return new, (*(note for note in new.notes if f"{file}: {note}" not in said), *told)
 
 
+def _lines_of(controls: Screen, lines: Sequence[str]) -> tuple[Screen, list[str]]:
+    "`controls` with their lines under the names `lines`, where they spell one, and a note for each that changed."
+    names, number = np.unique(controls.line, return_inverse=True)
+    own = [known_name(str(name), lines) for name in names]
+    told = [f"line: {str(name)!r} is {new!r} of the model" for name, new in zip(names, own) if name != new]
+    return replace(controls, line=np.array(own, dtype=str)[number]), told
+
+# %% ../../nbs/runs/12_screens.ipynb #a421e057
 def predict_file(folder: str | Path, perturbation: Sequence[str], out: str | Path, *, dose: Sequence[str] = (), line: Sequence[str] = (),
                  controls: str | Path | None = None, cells: int = 200, progress: bool = True, **reading: Any) -> Predicted:
     """Predict cells with the model in `folder` and write them to `out` (.h5ad): see `predict` for what is in it.
 
     `dose`: texts, nanomolar or with a unit; `line`: none means all lines of the controls; `controls`: a file (None: those of the model);
-    `reading`: options of `read_controls`. Raises `InputError` before anything is written."""
+    `reading`: options of `read_controls`, for `controls` only. Raises `InputError` before anything is written."""
     from gears_nb.data.io import write_h5ad
     from gears_nb.perturb.perturb import load, predict
 
@@ -242,10 +317,10 @@ def predict_file(folder: str | Path, perturbation: Sequence[str], out: str | Pat
     check_apart(folder, out)
     with working("reading the model", progress):
         model = load(folder)
-        own = _controls_for(model, controls, line, reading)
+        own, told = _controls_for(model, controls, line, reading)
     asked = asked_conditions(model, perturbation, dose, line, own)
     check_room(len(asked), min(cells, int(np.unique(own.line, return_counts=True)[1].max())), len(model.genes))
     with working("predicting and writing", progress):
         made = predict(model, asked, controls=own, cells=cells)
         write_h5ad(made, target)
-    return Predicted(len(asked), made.n_obs, made.n_vars, tuple(strongest(made, asked)), target)
+    return Predicted(len(asked), made.n_obs, made.n_vars, (*(f"controls: {text}" for text in told), *strongest(made, asked)), target)
