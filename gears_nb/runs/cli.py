@@ -191,7 +191,8 @@ examples
 _PREDICT = """what comes out: OUT.h5ad with a row per predicted cell (a control cell after treatment; log2(CP10K + 1) if the screen held counts)
   layers['control']   the same cell before;  obs['control']: its name
   obs['line'], obs['perturbation'], obs['dose'] (nM)
-  obs['rests_on']     seen: all parts were in the screen; descriptor: something similar was; mean: nothing is known, the average effect
+  obs['rests_on']     seen: all parts were in the screen; descriptor: something similar was;
+                      partly: one part of a combination was; mean: the average effect, for want of better
 
 all combinations of perturbations, doses and lines are predicted, each from --cells control cells of its line
 
