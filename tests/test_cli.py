@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 
 from gears_nb.core.page import contents
+from gears_nb.lab.results import load_results
 from gears_nb.runs.cli import main
 
 GEARS = str(Path(sys.executable).parent / "gears")
@@ -274,7 +275,8 @@ def test_list_and_results(capsys):
     assert "The command line" in capsys.readouterr().out
     assert main(["results"]) == 0
     lines = capsys.readouterr().out
-    assert "benchmark/first_light" in lines and lines.count("\n") < 200, "one line each"
+    named = [line.split()[0] for line in lines.splitlines() if line.startswith(" ") and "/" in line.split(" ")[1]]
+    assert sorted(named) == sorted(load_results()), "each has one row of the table"
     assert main(["results", "first_light"]) == 0
     assert "smoothed_knn20" in capsys.readouterr().out
     assert main(["results", "first_lihgt"]) == 2
