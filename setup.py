@@ -11,7 +11,7 @@ cfg = config["DEFAULT"]
 readme = here / "README.md"
 
 extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
-extras["all"] = sorted({*extras["lab"], *extras["view"], *extras["parquet"], *extras["saturn"], *extras["perturb"]})
+extras["all"] = sorted({*extras["lab"], *extras["view"], *extras["parquet"], *extras["saturn"], *extras["perturb"], *extras["cycle"]})
 extras["dev"] += extras["all"]
 
 setup(

@@ -8,7 +8,7 @@ from forks import ended, forked, start  # noqa: F401
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
 LOWER = ("core", "geometry", "data", "lab", "encoder", "targets", "models", "structure")
-UPPER = ("generators", "alignment", "saturn", "perturb")  # the other chapters, and pages of no chapter, are the third file
+UPPER = ("generators", "alignment", "saturn", "perturb", "cycle")  # the other chapters, and pages of no chapter, are the third file
 name = lambda path: path.relative_to(NBS).as_posix()
 
 
