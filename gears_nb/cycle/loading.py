@@ -94,7 +94,7 @@ def _only(chunks: Sequence[Any]) -> Any:
     "The outer batch, which has one member."
     return chunks[0]
 
-# %% ../../nbs/cycle/04_loading.ipynb #b63ea431
+# %% ../../nbs/cycle/04_loading.ipynb #3064abd6
 class _Ahead:
     "The next items of an iterator, up to `most` of them taken ahead by a thread (0: none, and no thread)."
 
@@ -119,6 +119,9 @@ class _Ahead:
         stop = getattr(self.items, "_shutdown_workers", None)  # by hand: a trace of an error would keep the iterator, and so the workers
         if stop is not None:
             stop()
+        for worker in getattr(self.items, "_workers", ()):  # one that did not end within PyTorch's patience was told to; this waits until it is gone
+            worker.kill()
+            worker.join()
 
 
 def open_outer(chunks: ChunkSet, prepared: Prepared, order: Sampler, workers: int, prefetch: int) -> _Ahead:
