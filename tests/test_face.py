@@ -1,5 +1,6 @@
 """The public face: what `import gears_nb` gives and costs, what an installation needs, and that every link leads somewhere."""
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -83,10 +84,11 @@ IMPORTED_AS = {"umap-learn": "umap", "scvi-tools": "scvi", "scikit-learn": "skle
 # started by name, or brought along so that another package can do something
 NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "igraph": "Leiden clusters of scanpy",
                 "execnb": "nbdev breaks with newer ones", "ghapi": "nbdev breaks with newer ones", "setuptools": "setup.py", "ruff": "make lint",
-                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs"}
+                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs",
+                "tensorboard": "torch.utils.tensorboard"}
 # parts of declared packages, or pulled in by them for certain
 COMES_ALONG = {"IPython": "ipykernel", "traitlets": "anywidget", "jupyter_client": "ipykernel", "PIL": "matplotlib", "packaging": "anndata",
-               "threadpoolctl": "scikit-learn", "zarr": "anndata"}
+               "threadpoolctl": "scikit-learn", "zarr": "anndata", "statsmodels": "scanpy"}
 
 
 OF_THEIR_OWN = {"novosparc", "moscot", "tangram", "CeLEry"}  # imported by benchmark/adapters.py in environments that peers.ini describes
@@ -321,3 +323,13 @@ def test_hooks_name_tools_that_are_there():
     for hook in hooks:
         tool = hook["entry"].split()[0].rsplit("/", 1)[1]
         assert (Path(sys.executable).parent / tool).is_file() or shutil.which(tool), tool
+
+
+@pytest.mark.parametrize("chapter, name", [("saturn", "Saturn"), ("perturb", "Perturb"), ("cycle", "CycleAE")])
+def test_a_chapter_has_a_front_door(chapter, name):
+    """`from gears_nb.perturb import Perturb` works, another name fails as it should, and the door is light: torch comes when it is opened."""
+    code = f"import sys, gears_nb.{chapter} as chapter; assert 'torch' not in sys.modules; print(chapter.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == name, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'Sturn'"):
+        assert importlib.import_module(f"gears_nb.{chapter}").Sturn
