@@ -212,7 +212,7 @@ def network(additive: Additive, config: NetConfig, *, seed: int = 0, names: Sequ
             warnings.warn(f"cycle: a head of width {config.head} starts with {kept:.0%} of the effects of the {len(effects)} categories of {name} (a larger net.head keeps more)", GearsWarning, stacklevel=2)
     return net
 
-# %% ../../nbs/cycle/06_model.ipynb #e427dc5f
+# %% ../../nbs/cycle/06_model.ipynb #aeb12ad4
 @dataclass(frozen=True)
 class Calibration:
     "Sizes of the parts of the output: deviations from the mean over cells, L2 over genes, root mean square over cells."
@@ -226,7 +226,7 @@ class Calibration:
 @torch.no_grad()
 def calibrate(generator: Generator, batches: Iterable[Any]) -> Calibration:
     "`Calibration` of a generator, trained or not, on batches with `x` `(b, k)` and `labels` `(b, f)`."
-    count, first, second = 0, 0.0, 0.0
+    count, first, second = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         way = generator(batch.x, batch.labels, batch.labels)
         parts = torch.stack([way.base, sum(way.own), *way.own]).double()  # (2 + f, b, k)

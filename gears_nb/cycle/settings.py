@@ -53,7 +53,7 @@ class LossConfig(Section):
         "Whether there is a way back."
         return bool(self.cycle or self.integration)
 
-# %% ../../nbs/cycle/00_settings.ipynb #6d631033
+# %% ../../nbs/cycle/00_settings.ipynb #85351ac2
 @dataclass(frozen=True, kw_only=True)
 class CellsConfig(Section):
     "What of the data is used, and how it is read (`cycle.fields`, `cycle.loading`)."
@@ -76,6 +76,7 @@ class CycleConfig(Section):
     loss: LossConfig = LossConfig()
     cells: CellsConfig
     batch: Size = by_profile(64, 256, 512)  # cells per step
+    check: bool = True  # one more pass over the cells, which tells whether contexts add up
     train: TrainConfig = by_profile(epochs=(2, 30, 60), lr=(2e-3, 1e-3, 5e-4), weight_decay=(0.0,) * 3)
 
 

@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(self.prog, "arguments", message.replace("\n", " "), f"{self.prog} --help shows what it takes")
 
-# %% ../../nbs/runs/05_cli.ipynb #f9ced2b1
+# %% ../../nbs/runs/05_cli.ipynb #5fd38ad5
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
@@ -52,6 +52,8 @@ _EXAMPLES = """examples
   gears saturn --species human=H.h5ad mouse=M.h5ad --embeddings human=H.npz mouse=M.npz --out both.h5ad   one space for two species
   gears perturb fit --screen S.h5ad --model M             learn from a screen of drugs, guides or cytokines; then, for conditions nobody measured:
   gears perturb predict --model M --perturbation A B+C --dose 100 1000 --line K562 --out P.h5ad
+  gears cycle fit --data CHUNKS --model M                 learn what contexts (assay, cell type, donor) add to a cell, from more cells than fit into memory; then:
+  gears cycle counterfactual --model M --cells Q.h5ad --to assay=10x --out X.h5ad   the same cells in another context
   gears list                                              notebooks and their parameters
   gears run scale -p data=2000,5000                      one experiment, with another parameter
   gears run all --profile smoke                           does every notebook still run?
@@ -245,6 +247,95 @@ def _ask_arguments(add: Callable[..., Any]) -> None:
     add("--cells", type=int, default=200, metavar="N", help="predicted cells per condition, at most (default 200; no more than there are controls)")
     add("--out", required=True, metavar="OUT.h5ad", help="the predicted cells (see below)")
 
+# %% ../../nbs/runs/05_cli.ipynb #ec4c4b94
+_CHUNKS = """what --data is
+  a folder of chunks   NAME.npz (cells in rows, as scipy.sparse.save_npz writes a csr matrix; raw counts or logarithms) beside NAME.csv, .tsv, .parquet or .pkl
+                       (plain tables only) with a row of contexts for every cell, for each chunk; and genes.txt, names one a line (else genes have numbers)
+  FILE.h5ad, FILE.zarr read in slices of rows, never whole; several of either, or several folders, if their genes are the same
+
+contexts are columns of labels: assay, cell type, donor, ... By default those of texts, categories or truth values with 2 to 200 categories are taken, and what was
+left out is said. Empty labels are `unknown`; categories with fewer than --rare cells are pooled as `rare`.
+"""
+_CONTEXTS = f"""{_CHUNKS}
+examples
+  gears cycle preprocess --data chunks --out contexts
+  gears cycle preprocess --data cells.h5ad --out contexts --fields assay cell_type donor --genes 5000 --rare 50
+"""
+_CYCLE_FIT = f"""{_CHUNKS}
+memory: one chunk and --workers x cells.prefetch more, whatever the number of cells. Interrupted, the same command goes on from the last checkpoint (after each pass;
+with --set cells.checkpoint=100000 after so many cells, in the middle of a chunk).
+
+examples
+  gears cycle fit --data chunks --model model
+  gears cycle fit --data chunks --contexts contexts --model model --workers 2 --set train.epochs=20 cells.checkpoint=100000
+  gears cycle fit --data cells.h5ad --fields assay cell_type --model quick --profile smoke
+"""
+
+# %% ../../nbs/runs/05_cli.ipynb #ca9acf06
+_MOVED = """what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
+  layers['generated'], layers['difference']   base and heads alone; what the change adds
+  obs                                         the new contexts, FIELD_before, and contexts_apart: in how many fields the nearest combination that was trained on differs
+                                              (0: seen together; above 0 the result rests on effects that add up, and a warning names the nearest combination)
+
+examples
+  gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad
+  gears cycle counterfactual --model model --cells cells.h5ad --to assay=Smart-seq2 donor=D7 --mode generated --out moved.h5ad
+"""
+_PARTS = """what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
+  obsm['norms']                  how much base, each field, and what is left are of a cell (L2 norm over genes)
+  varm['effects_FIELD']          mean contribution of each category, genes by categories;  var['intercept']: the constant profile
+  uns['cycle']['influence']      share of the variance that each field accounts for, of all genes and of each
+  layers['base'], layers[FIELD]  the parts themselves, with --parts
+
+example
+  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad
+"""
+
+# %% ../../nbs/runs/05_cli.ipynb #5594337a
+def _chunk_arguments(add: Callable[..., Any]) -> None:
+    """How sets of cells are read."""
+    add("--data", nargs="+", required=True, metavar="DATA", help="a folder of chunks, an .h5ad or a Zarr store (see below)")
+    add("--fields", nargs="+", metavar="COLUMN", help="columns that are contexts (default: see below)")
+    add("--layer", metavar="NAME", help="where the values are, in an .h5ad or Zarr store (default X; raw: .raw)")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _asking_arguments(add: Callable[..., Any]) -> None:
+    """What a saved model is asked about."""
+    add("--model", required=True, metavar="DIR", help="a folder written by gears cycle fit")
+    add("--cells", required=True, metavar="FILE", help="cells with values of the kind that was fitted, and their contexts in obs: .h5ad, Zarr store or folder of chunks")
+    add("--out", required=True, metavar="OUT.h5ad", help="where the cells go (see below)")
+    add("--unknown", choices=("refuse", "pool"), default="refuse", help="cells of categories that were not trained on: refuse (default), or take their field as unknown")
+    add("--quiet", action="store_true", help="no progress bars")
+
+# %% ../../nbs/runs/05_cli.ipynb #8680e2f4
+def _cycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `gears cycle` takes: one of four steps."""
+    steps = parser.add_subparsers(dest="step", metavar="preprocess|fit|counterfactual|contributions", required=True)
+    step = lambda name, text, epilog: steps.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog).add_argument
+    add = step("preprocess", "read a set of cells once, say which contexts it has, and keep them for fit", _CONTEXTS)
+    add("--out", required=True, metavar="CONTEXTS", help="where contexts go: a new or empty folder")
+    add("--rare", type=int, default=10, metavar="N", help="pool categories with fewer than N cells (default 10)")
+    add("--genes", type=int, metavar="N", help="keep the N most variable genes (default all that are seen)")
+    add("--min-share", type=float, default=0.01, metavar="S", help="of the genes seen in a share S of the cells (default 0.01)")
+    _chunk_arguments(add)
+    add = step("fit", "learn from a set of cells and save the model", _CYCLE_FIT)
+    add("--model", required=True, metavar="DIR", help="where the model goes: a new or empty folder")
+    add("--contexts", metavar="CONTEXTS", help="a folder written by preprocess (default: contexts are found now)")
+    add("--workers", type=int, metavar="N", help="processes that read chunks ahead (default 0: a thread)")
+    add("--tensorboard", metavar="DIR", help="also write losses and norms there, for TensorBoard")
+    add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default: 2000 genes, 30 passes), paper")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same data: same model, for any number of workers (default 0)")
+    add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as cells.n_genes=4000, net.base=64 or train.epochs=10")
+    _chunk_arguments(add)
+    add = step("counterfactual", "put cells into another context with a saved model", _MOVED)
+    add("--to", nargs="+", required=True, metavar="FIELD=VALUE", help="the new context; fields that are not named stay")
+    add("--mode", choices=("kept", "generated"), default="kept", help="kept: the cell plus what the change adds (default); generated: base and heads alone")
+    _asking_arguments(add)
+    add = step("contributions", "say how much of each cell is base, and how much is due to each field", _PARTS)
+    add("--parts", action="store_true", help="also write the contributions themselves, a layer for each field")
+    _asking_arguments(add)
+
 # %% ../../nbs/runs/05_cli.ipynb #c4198c8e
 def _explore_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears explore` takes."""
@@ -283,7 +374,7 @@ def _peers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("list", "install"), help="list: which tools there are and whether they are installed; install: bring one")
     parser.add_argument("name", nargs="?", metavar="NAME", help="the tool to install")
 
-# %% ../../nbs/runs/05_cli.ipynb #6f61a534
+# %% ../../nbs/runs/05_cli.ipynb #ea65011a
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `gears` with all commands."""
     parser = _Parser(prog="gears", epilog=_EXAMPLES,
@@ -319,6 +410,11 @@ def build_parser() -> argparse.ArgumentParser:
                            "examples\n  gears perturb fit --screen screen.h5ad --model model\n"
                            "  gears perturb predict --model model --perturbation A B+C --dose 100 1000 --line K562 --out predicted.h5ad\n"
                            "more: gears perturb fit --help, gears perturb predict --help"))
+    _cycle_arguments(add("cycle", "what contexts (assay, cell type, donor) add to a cell, from sets of any size: preprocess, fit, then ask",
+                         "examples\n  gears cycle preprocess --data chunks --out contexts\n  gears cycle fit --data chunks --contexts contexts --model model\n"
+                         "  gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad\n"
+                         "  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad\n"
+                         "more: --help of each step"))
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
@@ -539,7 +635,27 @@ def _perturb(args: argparse.Namespace) -> int:
     print(f"{done.cells} cells of {done.conditions} conditions, {done.genes} genes: {done.out}")
     return 0
 
-# %% ../../nbs/runs/05_cli.ipynb #4689444f
+# %% ../../nbs/runs/05_cli.ipynb #01ea9af3
+def _cycle(args: argparse.Namespace) -> int:
+    from functools import partial
+
+    from gears_nb.runs import contexts
+    shared = {"fields": args.fields, "layer": args.layer, "say": partial(print, flush=True)} if args.step in ("preprocess", "fit") else {"unknown": args.unknown}
+    shared["progress"] = not args.quiet
+    if args.step == "preprocess":
+        contexts.preprocess_data(args.data, args.out, rare=args.rare, genes=args.genes, min_share=args.min_share, **shared)
+        return 0
+    if args.step == "fit":
+        contexts.fit_data(args.data, args.model, contexts=args.contexts, profile=args.profile, seed=args.seed, workers=args.workers, tensorboard=args.tensorboard, overrides=args.overrides, **shared)
+        return 0
+    if args.step == "counterfactual":
+        done = contexts.counterfactual_data(args.model, args.cells, args.to, args.out, mode=args.mode, **shared)
+    else:
+        done = contexts.contributions_data(args.model, args.cells, args.out, parts=args.parts, **shared)
+    print("\n".join([*done.table, f"{done.cells} cells, {done.genes} genes: {done.out}"]))
+    return 0
+
+# %% ../../nbs/runs/05_cli.ipynb #ec70ffa7
 def _run(args: argparse.Namespace) -> int:
     from gears_nb.lab.runner import parse_assignments, run
     if args.name == "all":
@@ -567,10 +683,10 @@ def _run_all(profile: str | None) -> int:
 
 
 _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness,
-             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "perturb": _perturb, "list": _list,
+             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "perturb": _perturb, "cycle": _cycle, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
-# %% ../../nbs/runs/05_cli.ipynb #270041c2
+# %% ../../nbs/runs/05_cli.ipynb #1ae32248
 def _teller() -> Callable[..., None]:
     """What prints warnings: ours as one line, each once; all others in Python's own format. A limit of iterations that was reached is a budget, and not told."""
     told: set[str] = set()
@@ -588,7 +704,8 @@ def _teller() -> Callable[..., None]:
 
 
 _EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "igraph", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
-           "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",), "perturb": ("rdkit", "optuna", "gseapy")}
+           "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",), "perturb": ("rdkit", "optuna", "gseapy"),
+           "cycle": ("tensorboard",)}
 
 
 class _Terminated(KeyboardInterrupt):
