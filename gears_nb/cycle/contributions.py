@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['BLOCK', 'Parts', 'ways', 'leading_genes', 'influence', 'draw_cell', 'show_cell']
 
-# %% ../../nbs/cycle/09_contributions.ipynb #fcbd5487
+# %% ../../nbs/cycle/09_contributions.ipynb #795255f2
 BLOCK = 2048  # cells at once
 
 
@@ -58,7 +58,7 @@ class Parts:
         "L2 norm over genes of the base, of each field's own contribution, and of the residual `(n, f + 2)`."
         return np.linalg.norm(np.stack([self.base, *self.own, self.residual]), axis=2).T
 
-
+# %% ../../nbs/cycle/09_contributions.ipynb #e62241ec
 @torch.no_grad()
 def ways(generator: Generator, x: np.ndarray, own: np.ndarray, to: np.ndarray, fields: Sequence[Field]) -> Parts:
     "`Parts` of cells `(n, k)` float32 with labels `(n, f)`, and labels `(n, f)` to go to."
@@ -97,7 +97,7 @@ def influence(effects: Sequence[np.ndarray], cells: Sequence[Sequence[int]], var
     share = np.divide(own, variance[:, None], out=np.zeros_like(own), where=variance[:, None] > 0)
     return pd.DataFrame(np.vstack([own.sum(0) / max(variance.sum(), 1e-12), share]), columns=list(names))
 
-# %% ../../nbs/cycle/09_contributions.ipynb #79f6be2c
+# %% ../../nbs/cycle/09_contributions.ipynb #836d5434
 def _steps(parts: Parts, row: int, names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     "Names of the parts of a cell, and the parts `(p, k)`: base, fields, residual."
     return ["base", *names, "residual"], np.stack([parts.base[row], *parts.own[:, row], parts.residual[row]])
@@ -128,7 +128,7 @@ def draw_cell(parts: Parts, row: int, names: Sequence[str], genes: Sequence[str]
     right.set(yticks=range(len(leading)), yticklabels=[genes[j] for j in leading], xlabel="intercept (|) to the cell's value (dot), log units")
     return fig
 
-
+# %% ../../nbs/cycle/09_contributions.ipynb #8eb73502
 def show_cell(table: AnnData, cell: str | int, top: int = 5) -> Figure:
     "`draw_cell` of one cell, by name or number, of what `CycleAE.contributions(cells, parts=True)` returned. Raises `InputError` for a table without parts and an unknown cell."
     names = list(table.uns["cycle"]["fields"]) if "cycle" in table.uns else []

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CYCLE_FORMAT', 'Fitted', 'fit_cells', 'read_cells', 'CycleAE', 'moved', 'decomposed', 'save', 'load']
 
-# %% ../../nbs/cycle/08_cycle.ipynb #a4275b05
+# %% ../../nbs/cycle/08_cycle.ipynb #aada3cd1
 @dataclass(frozen=True)
 class Fitted:
     "What was learned. Make it with `fit_cells`."
@@ -59,7 +59,7 @@ class Fitted:
         "Names of the fields."
         return [field.name for field in self.prepared.fields]
 
-
+# %% ../../nbs/cycle/08_cycle.ipynb #fe5a164f
 def _learned(chunks: ChunkSet, prepared: Prepared, config: CycleConfig, seed: int, checkpoint: Path | None, log: Path | None) -> tuple[Additive, CycleNet, tuple[np.ndarray, ...], list[dict[str, Any]], dict[str, float]]:
     "Additive effects, trained network, its effects, history, and how fast cells came."
     own = config.cells
@@ -265,7 +265,7 @@ def decomposed(fitted: Fitted, cells: AnnData | str | Path, parts: bool = False,
     out.uns["cycle"] = {"fields": names, "influence": shares.set_axis(["all", *prepared.genes]), "additivity": fitted.additivity, "confounded": list(fitted.additive.confounded)}
     return out
 
-# %% ../../nbs/cycle/08_cycle.ipynb #29fc3f21
+# %% ../../nbs/cycle/08_cycle.ipynb #0e9bb253
 CYCLE_FORMAT = 1
 _TABLES = ("effects", "cells")  # of `Additive`, by field
 
@@ -288,7 +288,7 @@ def save(model: CycleAE, folder: str | Path) -> Path:
     Store(folder).save("cycle", tensors, about)
     return Path(folder)
 
-
+# %% ../../nbs/cycle/08_cycle.ipynb #a1f335e4
 def load(folder: str | Path) -> CycleAE:
     "Read what `save` wrote. Raises `InputError` for a folder without a model, another version, or a damaged one."
     store = Store(folder)

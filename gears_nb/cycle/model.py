@@ -104,7 +104,7 @@ class FieldHead(nn.Module):
         gram = self.decoder.weight.T @ self.decoder.weight
         return self.decoder(varying + constant), ((varying @ gram) * varying).sum() / (len(z) * len(self.decoder.weight))
 
-# %% ../../nbs/cycle/06_model.ipynb #7512b257
+# %% ../../nbs/cycle/06_model.ipynb #91eb59c9
 @dataclass(frozen=True)
 class Pass:
     "A cell's way through the generator, with its own contexts and with others."
@@ -126,7 +126,7 @@ class Pass:
         "The cell in the others `(b, k)`."
         return self.intercept + self.base + sum(self.to)
 
-
+# %% ../../nbs/cycle/06_model.ipynb #276833e0
 class Generator(nn.Module):
     "Base plus heads. `sizes`: categories of each field."
 
@@ -182,7 +182,7 @@ class CycleNet(nn.Module):
         self.generator = Generator(genes, sizes, config)
         self.classifier = ContextClassifier(genes, sizes, config.classifier)
 
-# %% ../../nbs/cycle/06_model.ipynb #4729e4ae
+# %% ../../nbs/cycle/06_model.ipynb #828628a3
 @torch.no_grad()
 def start_head(head: FieldHead, effects: np.ndarray, scale: float) -> float:
     "Let `head` begin with `effects` `(c, k)`, after multiplication by `scale`; returns the share of their squares that its width keeps."
@@ -194,7 +194,7 @@ def start_head(head: FieldHead, effects: np.ndarray, scale: float) -> float:
         own[d * d : 2 * d * d] = 0
         own[-d:] = 0
         own[len(own) - d : len(own) - d + rank] = code
-    return float(np.square(s[:rank]).sum() / max(np.square(s).sum(), 1e-12))
+    return float(np.square(s[:rank]).sum() / np.square(s).sum()) if s.any() else 1.0
 
 
 def network(additive: Additive, config: NetConfig, *, seed: int = 0, names: Sequence[str] | None = None) -> CycleNet:

@@ -247,14 +247,14 @@ def _ask_arguments(add: Callable[..., Any]) -> None:
     add("--cells", type=int, default=200, metavar="N", help="predicted cells per condition, at most (default 200; no more than there are controls)")
     add("--out", required=True, metavar="OUT.h5ad", help="the predicted cells (see below)")
 
-# %% ../../nbs/runs/05_cli.ipynb #ec4c4b94
+# %% ../../nbs/runs/05_cli.ipynb #d5d53820
 _CHUNKS = """what --data is
   a folder of chunks   NAME.npz (cells in rows, as scipy.sparse.save_npz writes a csr matrix; raw counts or logarithms) beside NAME.csv, .tsv, .parquet or .pkl
                        (plain tables only) with a row of contexts for every cell, for each chunk; and genes.txt, names one a line (else genes have numbers)
   FILE.h5ad, FILE.zarr read in slices of rows, never whole; several of either, or several folders, if their genes are the same
 
 contexts are columns of labels: assay, cell type, donor, ... By default those of texts, categories or truth values with 2 to 200 categories are taken, and what was
-left out is said. Empty labels are `unknown`; categories with fewer than --rare cells are pooled as `rare`.
+left out is said. Empty labels are `unknown`; categories with fewer than 10 cells (preprocess --rare N; fit --set cells.rare=N) are pooled as `rare`.
 """
 _CONTEXTS = f"""{_CHUNKS}
 examples
@@ -374,7 +374,22 @@ def _peers_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("list", "install"), help="list: which tools there are and whether they are installed; install: bring one")
     parser.add_argument("name", nargs="?", metavar="NAME", help="the tool to install")
 
-# %% ../../nbs/runs/05_cli.ipynb #ea65011a
+# %% ../../nbs/runs/05_cli.ipynb #1c4edd81
+def _add_tables(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands that ask nothing about places: species, perturbations, contexts."""
+    _saturn_arguments(add("saturn", "one space for cells of several species, by the proteins of their genes",
+                          "example\n  gears saturn --species human=h.h5ad mouse=m.h5ad --embeddings human=p.npz mouse=p.npz --transfer human mouse --out both.h5ad"))
+    _perturb_arguments(add("perturb", "predict cells under drugs, guides or doses that were not measured: fit, then predict",
+                           "examples\n  gears perturb fit --screen screen.h5ad --model model\n"
+                           "  gears perturb predict --model model --perturbation A B+C --dose 100 1000 --line K562 --out predicted.h5ad\n"
+                           "more: gears perturb fit --help, gears perturb predict --help"))
+    _cycle_arguments(add("cycle", "what contexts (assay, cell type, donor) add to a cell, from sets of any size: preprocess, fit, then ask",
+                         "examples\n  gears cycle preprocess --data chunks --out contexts\n  gears cycle fit --data chunks --contexts contexts --model model\n"
+                         "  gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad\n"
+                         "  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad\n"
+                         "more: --help of each step"))
+
+# %% ../../nbs/runs/05_cli.ipynb #c6871750
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `gears` with all commands."""
     parser = _Parser(prog="gears", epilog=_EXAMPLES,
@@ -404,17 +419,7 @@ def build_parser() -> argparse.ArgumentParser:
     _benchmark_arguments(add("benchmark", "which method places cells of this tissue best? ours, plain ones, published tools; true positions are hidden",
                              "example\n  gears benchmark --slides st1.h5ad st2.h5ad --cells st3.h5ad --methods gears,knn5,smoothed_knn20,tangram --out table.csv"))
     _peers_arguments(add("peers", "published tools for `gears benchmark`, each in an environment of its own", "examples\n  gears peers list\n  gears peers install moscot"))
-    _saturn_arguments(add("saturn", "one space for cells of several species, by the proteins of their genes",
-                          "example\n  gears saturn --species human=h.h5ad mouse=m.h5ad --embeddings human=p.npz mouse=p.npz --transfer human mouse --out both.h5ad"))
-    _perturb_arguments(add("perturb", "predict cells under drugs, guides or doses that were not measured: fit, then predict",
-                           "examples\n  gears perturb fit --screen screen.h5ad --model model\n"
-                           "  gears perturb predict --model model --perturbation A B+C --dose 100 1000 --line K562 --out predicted.h5ad\n"
-                           "more: gears perturb fit --help, gears perturb predict --help"))
-    _cycle_arguments(add("cycle", "what contexts (assay, cell type, donor) add to a cell, from sets of any size: preprocess, fit, then ask",
-                         "examples\n  gears cycle preprocess --data chunks --out contexts\n  gears cycle fit --data chunks --contexts contexts --model model\n"
-                         "  gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad\n"
-                         "  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad\n"
-                         "more: --help of each step"))
+    _add_tables(add)
     _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
@@ -686,7 +691,7 @@ _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate"
              "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "perturb": _perturb, "cycle": _cycle, "list": _list,
              "run": _run, "results": _results, "doctor": _doctor}
 
-# %% ../../nbs/runs/05_cli.ipynb #1ae32248
+# %% ../../nbs/runs/05_cli.ipynb #a53fe447
 def _teller() -> Callable[..., None]:
     """What prints warnings: ours as one line, each once; all others in Python's own format. A limit of iterations that was reached is a budget, and not told."""
     told: set[str] = set()
@@ -705,7 +710,7 @@ def _teller() -> Callable[..., None]:
 
 _EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "igraph", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
            "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",), "perturb": ("rdkit", "optuna", "gseapy"),
-           "cycle": ("tensorboard",)}
+           "cycle": ("pyarrow", "tensorboard")}
 
 
 class _Terminated(KeyboardInterrupt):
