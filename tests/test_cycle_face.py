@@ -99,7 +99,8 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     whole = new(**{"cells.checkpoint": 200}).fit(adata, FIELDS)
     new(**{"cells.checkpoint": 200}).fit(adata, FIELDS, checkpoint=tmp_path / "run")
     again = new(**{"cells.checkpoint": 200}).fit(adata, FIELDS, checkpoint=tmp_path / "run")
-    assert same(whole, again) and len(whole.fitted.history) == 6 and [r["loss"] for r in again.fitted.history] == [r["loss"] for r in whole.fitted.history]
+    other = new(**{"cells.checkpoint": 200, "cells.workers": 1}).fit(adata, FIELDS, checkpoint=tmp_path / "run")  # other readers, the same run
+    assert same(whole, again) and same(whole, other) and len(whole.fitted.history) == 6 and [r["loss"] for r in again.fitted.history] == [r["loss"] for r in whole.fitted.history]
     changed = adata.copy()
     changed.X[3, 4] += 1
     refused(lambda: new(**{"cells.checkpoint": 200}).fit(changed, FIELDS, checkpoint=tmp_path / "run"), "another tag")
@@ -109,9 +110,9 @@ def test_fields_that_cannot_be_told_apart_are_told_and_get_nothing():
     adata = simulated()[0].copy()
     adata.obs["sex"] = np.where(adata.obs["type"].isin(["type 1", "type 2"]), "f", "m")
     with pytest.warns(GearsWarning, match="effects of sex cannot be told from those of type, where they are left"):
-        model = new(**{"train.epochs": 1}).fit(adata, [*FIELDS, "sex"])
+        model = new(**{"train.epochs": 3}).fit(adata, [*FIELDS, "sex"])
     table = model.contributions(adata[:50])
-    assert table.obsm["norms"]["sex"].max() < 0.1 * table.obsm["norms"]["type"].max() and "sex" in table.uns["cycle"]["confounded"][0]
+    assert table.obsm["norms"]["sex"].max() == 0 < table.obsm["norms"]["type"].min() and "sex" in table.uns["cycle"]["confounded"][0]
 
 
 def test_contexts_that_do_not_add_up_are_told_at_the_fit_and_at_every_answer():

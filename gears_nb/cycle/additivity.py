@@ -122,7 +122,7 @@ def sum_of_squares(mean: np.ndarray, variance: np.ndarray, root: np.ndarray, Q: 
         return np.square(root) @ (np.square(mean) - variance)
     return np.square(Q.T @ (root[:, None] * mean)).sum(0) - (np.square(root) * np.square(Q).sum(1)) @ variance
 
-# %% ../../nbs/cycle/11_additivity.ipynb #9e59bf8f
+# %% ../../nbs/cycle/11_additivity.ipynb #9e0b3b3b
 LIMIT = 0.05  # of the variance between contexts
 WIDE = 0.25  # an interval from 0 to more than this says nothing
 
@@ -154,7 +154,8 @@ class Additivity:
         weak = [name for name, own in self.fields.items() if self.low > 0 and 1e-9 < own < 2 * self.share]
         doubt = f" Moves in {', '.join(weak)} are in doubt: interactions are not small beside what {'this field adds' if len(weak) == 1 else 'these fields add'}." if weak else ""
         if self.additive:
-            return f"Additivity holds: {shown}.{doubt}"
+            seen = " It is little, and yet more than nothing: combinations that were never measured may be far off." if self.low > 0 else ""
+            return f"Additivity holds: {shown}.{seen}{doubt}"
         return f"Additivity fails: {shown}, most of it between {' and '.join(max(self.pairs, key=lambda pair: self.pairs[pair]))}. Counterfactuals for combinations that were never measured are not to be trusted."
 
 # %% ../../nbs/cycle/11_additivity.ipynb #28cbe5ca
@@ -197,7 +198,7 @@ def _shares(moments: Moments, fields: Sequence[str], plus: np.ndarray, root: np.
     pairs = {(fields[i], fields[j]): float((of(*columns, both(i, j)) - base) / between) for i, j in combinations(range(len(fields)), 2)}
     return pairs, {name: float((base - of(*columns[:i], *columns[i + 1 :])) / between) for i, name in enumerate(fields)}
 
-# %% ../../nbs/cycle/11_additivity.ipynb #ec2f1a57
+# %% ../../nbs/cycle/11_additivity.ipynb #a71012a0
 def interaction_share(moments: Moments, fields: Sequence[str], seed: int = 0) -> Additivity:
     "`Additivity` of gathered cells; `fields`: names of the columns of `moments.contexts`. Contexts with fewer cells than folds are left out. Deterministic by `seed`."
     own = moments.take(moments.cells.min(0) > 0)
@@ -210,8 +211,8 @@ def interaction_share(moments: Moments, fields: Sequence[str], seed: int = 0) ->
         return Additivity(nan, nan, nan, nan, np.full(genes, nan), {}, {}, used, left_out, reason)
 
     if used <= plus.shape[1]:
-        crossed = "no two fields are crossed" if used else f"no context has {len(moments.cells)} cells"
-        return unknown(f"{crossed} in the {used} contexts with enough cells, so any means are a sum of effects")
+        why = f"no two fields are crossed in the {used} contexts with enough cells" if used else f"no context has {len(moments.cells)} cells"
+        return unknown(f"{why}, so any means are a sum of effects")
     constant = basis(np.ones((used, 1)), root)
     interaction, between = _totals(own, plus, constant, root)
     null = _chance(own, plus, constant, root, seed)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ['TABLES', 'BLOCK', 'Part', 'GENES', 'read_matrix', 'ending', 'read_contexts', 'stored_rows', 'stored_table', 'Files',
            'Slice', 'Held', 'checked', 'ChunkSet', 'open_chunks', 'write_chunks']
 
-# %% ../../nbs/cycle/01_chunks.ipynb #906be365
+# %% ../../nbs/cycle/01_chunks.ipynb #6849e609
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, MemoryError, zlib.error, csv.Error)
 "What reading a missing, cut, damaged or foreign file raises; a broken zip archive is added below."
 
@@ -50,6 +50,8 @@ def _opened_npz(path: Path) -> Iterator[Any]:
     except (*_UNREADABLE, BadZipFile) as error:
         if isinstance(error, InputError):
             raise
+        if isinstance(error, MemoryError):  # a damaged header may also ask for any amount
+            raise InputError(path, "file", "does not fit into the memory that is left", "write smaller chunks, or copy it again if it should be small") from error
         problem = f"is cut, damaged or no sparse matrix ({type(error).__name__}: {str(error)[:80]})"
         raise InputError(path, "file", problem, "copy it again, or write it with scipy.sparse.save_npz") from error
 

@@ -387,7 +387,7 @@ def _notes(census: _Census, fields: Sequence[Field], contexts: np.ndarray, sums:
     notes += [f"values: {empty} cells without counts stay zero"] if empty else []
     return [*notes, f"values: {'counts' if sums.counts else 'logarithms'}, {kept} of {len(sums.seen)} genes are kept"]
 
-# %% ../../nbs/cycle/03_fields.ipynb #cefd56a7
+# %% ../../nbs/cycle/03_fields.ipynb #54cdfac2
 def _check_options(fields: Sequence[str] | None, rare: int, n_genes: int | None, min_share: float) -> None:
     wrong = {"rare": not isinstance(rare, int) or rare < 1, "n_genes": n_genes is not None and (not isinstance(n_genes, int) or n_genes < 1),
              "min_share": not 0 <= min_share <= 1, "fields": fields is not None and (isinstance(fields, str) or not len(fields) or len(set(fields)) < len(fields))}
@@ -397,17 +397,17 @@ def _check_options(fields: Sequence[str] | None, rare: int, n_genes: int | None,
         raise InputError("prepare", name, f"is {known[name][0]!r}", known[name][1])
 
 
-def prepare(chunks: ChunkSet, fields: Sequence[str] | None = None, *, rare: int = 10, n_genes: int | None = None, min_share: float = 0.01) -> Prepared:
+def prepare(chunks: ChunkSet, fields: Sequence[str] | None = None, *, rare: int = 10, n_genes: int | None = None, min_share: float = 0.01, show: bool = True) -> Prepared:
     """Find fields, combinations, scale and genes in one pass over `chunks`; memory for one chunk, the combinations, and a number per cell.
 
     `fields`: columns (None: those of texts, categories or truth values with 2 to 200 categories that are no identifiers); `rare`: a category with fewer cells is pooled;
-    `n_genes`: the most variable of the genes seen in a share `min_share` of the cells (None: all of these). What was decided is in `notes`.
+    `n_genes`: the most variable of the genes seen in a share `min_share` of the cells (None: all of these); `show`: a bar, for 20 chunks or more. What was decided is in `notes`.
     Raises `InputError` for columns that can't be fields and for unusable values; issues `GearsWarning` for words that differ in case only.
     """
     _check_options(fields, rare, n_genes, min_share)
     names = list(chunks.columns) if fields is None else [chunks.column(name) for name in fields]
     census, sums = _Census(names, fields is not None), _Values(len(chunks.genes))
-    for i in progress(range(len(chunks)), desc="contexts", enabled=len(chunks) >= 20):
+    for i in progress(range(len(chunks)), desc="contexts", enabled=show and len(chunks) >= 20):
         X, table = chunks.read(i)
         sums.add(X, chunks.parts[i].name)
         census.add(table)

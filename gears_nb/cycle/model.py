@@ -22,8 +22,8 @@ from .additive import Additive
 from .settings import NetConfig
 
 # %% auto #0
-__all__ = ['Base', 'grouped', 'FieldHead', 'Pass', 'Generator', 'ContextClassifier', 'CycleNet', 'start_head', 'network',
-           'Calibration', 'calibrate']
+__all__ = ['NOTHING', 'Base', 'grouped', 'FieldHead', 'Pass', 'Generator', 'ContextClassifier', 'CycleNet', 'start_head',
+           'network', 'Calibration', 'calibrate']
 
 # %% ../../nbs/cycle/06_model.ipynb #8ba38be4
 class Base(nn.Module):
@@ -182,10 +182,16 @@ class CycleNet(nn.Module):
         self.generator = Generator(genes, sizes, config)
         self.classifier = ContextClassifier(genes, sizes, config.classifier)
 
-# %% ../../nbs/cycle/06_model.ipynb #828628a3
+# %% ../../nbs/cycle/06_model.ipynb #47c0bfa3
+NOTHING = 1e-9  # effects below are those of a field that others explain
+
+
 @torch.no_grad()
 def start_head(head: FieldHead, effects: np.ndarray, scale: float) -> float:
-    "Let `head` begin with `effects` `(c, k)`, after multiplication by `scale`; returns the share of their squares that its width keeps."
+    "Let `head` begin with `effects` `(c, k)`, after multiplication by `scale`, and add nothing for good if all are zero; returns the share of their squares that its width keeps."
+    if np.abs(effects).max() < NOTHING:
+        head.decoder.weight.requires_grad_(False).zero_()
+        return 1.0
     d, (u, s, v) = head.dim, np.linalg.svd(effects / scale, full_matrices=False)
     rank, size = min(d, len(s)), 0.3 * math.sqrt(effects.shape[1])  # so that weights and biases are of like size, as for Adam's steps they should be
     head.decoder.weight[:, :rank] = torch.from_numpy(v[:rank].T * size).float()
@@ -194,7 +200,7 @@ def start_head(head: FieldHead, effects: np.ndarray, scale: float) -> float:
         own[d * d : 2 * d * d] = 0
         own[-d:] = 0
         own[len(own) - d : len(own) - d + rank] = code
-    return float(np.square(s[:rank]).sum() / np.square(s).sum()) if s.any() else 1.0
+    return float(np.square(s[:rank]).sum() / np.square(s).sum())
 
 
 def network(additive: Additive, config: NetConfig, *, seed: int = 0, names: Sequence[str] | None = None) -> CycleNet:

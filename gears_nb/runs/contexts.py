@@ -73,7 +73,7 @@ def found_told(chunks: ChunkSet, prepared: Prepared, said: Sequence[str] = (), s
         lines.append(f"  {field.name}: {len(known)} categories, {len(field.pooled)} pooled, {field.counts[0]} cells unknown: {most}")
     return lines + [f"  {note}" for note in prepared.notes if note not in said]
 
-# %% ../../nbs/runs/13_contexts.ipynb #9e88dfe3
+# %% ../../nbs/runs/13_contexts.ipynb #372c6389
 def preprocess_data(data: Sequence[str | Path], out: str | Path, *, fields: Sequence[str] | None = None, rare: int = 10, genes: int | None = None, min_share: float = 0.01,
                     layer: str | None = None, progress: bool = True, say: Callable[[str], object] = print) -> Prepared:
     """Read all cells of `data` (see `open_chunks`) once, and write the contexts that were found into the folder `out`; `say` gets the lines of `found_told`.
@@ -85,7 +85,7 @@ def preprocess_data(data: Sequence[str | Path], out: str | Path, *, fields: Sequ
     target = check_new_folder(out, "contexts.json", "--out", data)
     with heard() as said, working("reading contexts", progress):
         chunks = open_data(data, layer=layer)
-        prepared = prepare(chunks, fields, rare=rare, n_genes=genes, min_share=min_share)
+        prepared = prepare(chunks, fields, rare=rare, n_genes=genes, min_share=min_share, show=progress)
     for line in found_told(chunks, prepared, said):
         say(line)
     with whole(target) as stage:
@@ -148,7 +148,7 @@ def learned_told(model: CycleAE) -> str:
         told.append(f"{reading['cells_per_second']:.0f} cells a second, {100 * reading['idle_share']:.0f} % of the time waiting for chunks.")
     return " ".join(told)
 
-# %% ../../nbs/runs/13_contexts.ipynb #6f865689
+# %% ../../nbs/runs/13_contexts.ipynb #d28af128
 def fit_data(data: Sequence[str | Path], folder: str | Path, *, contexts: str | Path | None = None, fields: Sequence[str] | None = None, layer: str | None = None, profile: str = "toy",
              seed: int = 0, workers: int | None = None, tensorboard: str | Path | None = None, overrides: Sequence[str] = (), progress: bool = True, say: Callable[[str], object] = print) -> CycleAE:
     """Learn from all cells of `data`, save the model in `folder`; `say` gets what was found, before training, and what was learned.
@@ -167,7 +167,7 @@ def fit_data(data: Sequence[str | Path], folder: str | Path, *, contexts: str | 
     own = model.config.cells
     with heard() as said, working("reading contexts", progress):
         chunks = open_data(data, own.chunk, layer)
-        prepared = prepare(chunks, fields, rare=own.rare, n_genes=own.n_genes, min_share=own.min_share) if contexts is None else read_prepared(contexts, chunks)
+        prepared = prepare(chunks, fields, rare=own.rare, n_genes=own.n_genes, min_share=own.min_share, show=progress) if contexts is None else read_prepared(contexts, chunks)
     for line in found_told(chunks, prepared, said):
         say(line)
     with training_folder(model, chunks, prepared) as stem:
