@@ -70,6 +70,9 @@ def spoilt(home):
     strange, empty = CELLS.copy(), CELLS.copy()
     strange.obs["type"] = np.where(np.arange(240) == 7, "type 7", strange.obs["type"].astype(str))
     empty.X = sp.diags((np.arange(240) != 3).astype(np.float32)) @ empty.X
+    fieldless = CELLS.copy()
+    fieldless.obs = fieldless.obs[[]]
+    write_h5ad(fieldless, home / "fieldless.h5ad")
     write_h5ad(strange, home / "strange.h5ad"), write_h5ad(empty, home / "empty.h5ad")
     (home / "taken").mkdir(), (home / "taken" / "notes.txt").touch(), (home / "nothing").mkdir()
 
@@ -169,8 +172,57 @@ def test_counterfactual_writes_what_python_makes(home):
 def test_mode_and_unknown_reach_the_model(here, capsys):
     assert main(["cycle", *MOVE, "--to", "type=type 1", "--mode", "generated", "--out", "g.h5ad"]) == 0
     assert np.array_equal(read_h5ad("g.h5ad").X, moved(load("model"), {"type": "type 1"}, mode="generated").X)
+    assert not capsys.readouterr().err
     assert main(["cycle", *MOVE, "--cells", "strange.h5ad", "--to", "type=type 1", "--unknown", "pool", "--out", "g.h5ad"]) == 0  # written over
-    assert read_h5ad("g.h5ad").obs["type_before"].iloc[7] == "unknown" and not capsys.readouterr().err
+    out, said = read_h5ad("g.h5ad").obs, capsys.readouterr().err
+    assert out["type_before"].iloc[7] == "unknown" and np.flatnonzero(out["own_unknown"]).tolist() == [7] and said.count("\n") == 1 and "1 of 240 cells is unknown" in said
+
+
+def test_layer_names_the_matrix_of_the_cells(here, capsys):
+    cells = CELLS.copy()
+    cells.layers["counts"], cells.X = cells.X, cells.X * 0
+    write_h5ad(cells, "layered.h5ad")
+    for step, more in ((MOVE, ("--to", "type=type 1")), (PARTS, ())):
+        asked = ["cycle", *step, "--cells", "layered.h5ad", *more, "--out", "layered_out.h5ad", "--layer"]
+        assert main([*asked, "nope"]) == 2
+        assert (said := capsys.readouterr().err).endswith("say which: --layer NAME.\n") and said.count("\n") == 1 and not Path("layered_out.h5ad").exists()
+        assert main([*asked, "counts"]) == 0 and main(["cycle", *step, *more, "--out", "plain_out.h5ad"]) == 0
+        assert np.array_equal(read_h5ad("layered_out.h5ad").X, read_h5ad("plain_out.h5ad").X)
+        Path("layered_out.h5ad").unlink()
+
+
+def test_white_space_in_a_request_is_forgiven(here):
+    for name, to in (("neat", "assay=assay 2"), ("loose", " assay = assay   2 ")):
+        assert main(["cycle", *MOVE, "--to", to, "--out", f"{name}.h5ad"]) == 0
+    assert np.array_equal(read_h5ad("neat.h5ad").X, read_h5ad("loose.h5ad").X)
+
+
+def test_what_cannot_be_told_apart_is_said_with_every_answer(here, capsys):
+    cells = CELLS.copy()
+    cells.obs["batch"] = cells.obs["assay"].astype(str) + np.where(np.arange(240) % 2, " x", " y")  # every batch is of one assay
+    write_h5ad(cells, "nested.h5ad")
+    assert main(["cycle", *FIT, "--data", "nested.h5ad", "--fields", "assay", "batch", "type", "--model", "nested"]) == 0
+    sentence, alone = "effects of assay cannot be told from those of batch, where they are left", "what assay does may be in batch: this answer moves nothing of it"
+    assert sentence in capsys.readouterr().out
+    asked = ["cycle", *MOVE, "--model", "nested", "--cells", "nested.h5ad", "--out", "nested_out.h5ad", "--to"]
+    for to, lines, moves in ((("assay=assay 2",), [sentence, alone], False), (("type=type 1",), [sentence], True), (("assay=assay 2", "batch=assay 2 x"), [sentence], True)):
+        assert main([*asked, *to]) == 0
+        assert capsys.readouterr().out.splitlines()[2:-1] == lines
+        assert read_h5ad("nested_out.h5ad").layers["difference"].any() == moves
+    assert main(["cycle", *PARTS, "--model", "nested", "--cells", "nested.h5ad", "--out", "nested_out.h5ad"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told if line.endswith("not told apart")] == ["assay"] and sentence in told and " 0.0%" not in " ".join(told)
+
+
+def test_contributions_say_that_contexts_do_not_add_up(here, capsys, monkeypatch):
+    from dataclasses import replace
+
+    model = load("model")
+    for adds_up in (None, True, False):
+        model._fitted = replace(model.fitted, adds_up=adds_up, additivity="Additivity fails: so it is.")
+        monkeypatch.setattr("gears_nb.cycle.cycle.load", lambda folder: model)
+        assert main(["cycle", *PARTS, "--out", "sum.h5ad"]) == 0
+        assert ("Additivity fails: so it is." in capsys.readouterr().out.splitlines()) == (adds_up is False)
 
 
 def test_contributions_are_written_with_their_parts(here, capsys):
@@ -241,6 +293,33 @@ def test_tensorboard_gets_a_log_of_its_own(here):
     assert list(Path("logs").glob("events*")) and equal(weights("logged"), weights("model"))
 
 
+def test_training_that_was_complete_says_that_nothing_was_logged(here, monkeypatch, capsys):
+    def stopped(model, folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gears_nb.cycle.cycle.save", stopped)
+        assert main(["cycle", *FIT, "--model", "late"]) == 130
+    assert main(["cycle", *FIT, "--model", "late", "--tensorboard", "late_logs"]) == 0 and not Path("late_logs").exists()
+    assert "Training was complete before this run, in the cache: nothing was written to late_logs. Model: late" in capsys.readouterr().out
+
+
+def test_fit_tells_one_chunk_numbered_genes_and_cells_without_counts(here, capsys):
+    few = CELLS.copy()
+    few.X = sp.diags((np.arange(240) > 2).astype(np.float32)) @ few.X
+    write_chunks(few, "numbered", size=300)
+    (here / "numbered" / "genes.txt").unlink()
+    words = "genes have numbers, not names: write genes.txt beside the chunks"
+    assert main(["cycle", *PREPARE, "--data", "numbered", "--out", "numbers"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("240 cells in 1 chunk, ") and said[0].endswith(f"{load_contexts('numbers').target_sum:g} a cell (the median total)") and words in said
+    assert main(["cycle", *FIT, "--data", "numbered", "--model", "numbered_model"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert words in said and "3 of 240 training cells have no counts" in said[-1]
+    told = "".join((here / f"{name}.txt").read_text() for name in ("prepare", "fit"))
+    assert words not in told and "have no counts" not in told and "in 4 chunks" in told
+
+
 @pytest.mark.parametrize(("args", "words"), [
     ((*PREPARE, "--data", "misaligned", "--out", "x"), ("misaligned/chunk_00002.csv: rows: the matrix has 60 rows, the table 59", "in the order of the matrix")),
     ((*PREPARE, "--data", "no_table", "--out", "x"), ("no_table/chunk_00001.npz: contexts: there is no table beside this matrix", "chunk_00001.csv")),
@@ -259,7 +338,7 @@ def test_tensorboard_gets_a_log_of_its_own(here):
     ((*PREPARE, "--out", "chunks"), ("chunks: --out: holds other files",)),
     ((*PREPARE, "--out", "cells.h5ad"), ("--out: is a file",)),
     ((*PREPARE,), ("required: --out",)),
-    ((*FIT, "--data", "other", "--contexts", "contexts", "--model", "x"), ("other/chunk_00001.csv: row 4, column 'type': the category 'typo ", "write 'type ")),
+    ((*FIT, "--data", "other", "--contexts", "contexts", "--model", "x"), ("other/chunk_00001.csv: row 4, column 'type': the category 'typo ", "write 'type ", "if that is meant, or preprocess these cells, or leave --contexts out.")),
     ((*FIT, "--data", "missing", "--contexts", "contexts", "--model", "x"), ("--contexts: are those of 240 cells, here are 180", "preprocess these cells")),
     ((*FIT, "--data", "narrow", "--contexts", "contexts", "--model", "x"), ("genes: 30 genes, prepared were 40", "prepare again")),
     ((*FIT, "--data", "misaligned", "--contexts", "contexts", "--model", "x"), ("misaligned/chunk_00002.csv: rows",)),
@@ -278,6 +357,12 @@ def test_tensorboard_gets_a_log_of_its_own(here):
     ((*FIT, "--model", "chunks"), ("holds other files",)),
     ((*FIT, "--contexts", "contexts", "--model", "contexts"), ("contexts: --model:",)),
     ((*FIT, "--model", "x", "--tensorboard", "x"), ("cannot both be there",)),
+    ((*FIT, "--model", "x", "--tensorboard", "x/logs"), ("x/logs: --tensorboard: is within x",)),
+    ((*FIT, "--model", "x", "--tensorboard", "chunks/logs"), ("chunks/logs: --tensorboard: is within chunks",)),
+    ((*FIT, "--data", "cut", "--contexts", "contexts", "--model", "x", "--tensorboard", "contexts"), ("contexts: --tensorboard: is within contexts",)),  # before anything is read
+    ((*FIT, "--data", "cut", "--model", "x", "--tensorboard", "cells.h5ad"), ("cells.h5ad: --tensorboard: is a file", "give a folder")),
+    ((*PREPARE, "--data", "cells.h5ad", "--layer", "nope", "--out", "x"), ("layers/nope: does not exist", "say which: --layer NAME.")),
+    ((*PREPARE, "--data", "fieldless.h5ad", "--out", "x"), ("fields: no column can be one", "name the fields: --fields COLUMN.")),
     ((*MOVE, "--to", "assay=asay 2", "--out", "x.h5ad"), ("assay 'asay 2': has no training cells", "did you mean 'assay 2'?")),
     ((*MOVE, "--to", "assy=assay 2", "--out", "x.h5ad"), ("field 'assy': is not one of the model's", "assay, type, donor")),
     ((*MOVE, "--to", "assay", "--out", "x.h5ad"), ("--to: 'assay' is no field=value",)),
@@ -316,10 +401,10 @@ def test_a_model_cut_short_is_refused(home, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("step", "words"), [
-    ("preprocess", ("gears cycle preprocess --data chunks --out contexts", "scipy.sparse.save_npz", "a row of contexts for every cell", "pooled as `rare`")),
-    ("fit", ("gears cycle fit --data chunks --contexts contexts --model model --workers 2", "cells.checkpoint=100000", "the same command goes on")),
-    ("counterfactual", ("gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad", "contexts_apart", "0: seen together")),
-    ("contributions", ("gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad", "obsm['norms']", "varm['effects_FIELD']")),
+    ("preprocess", ("gears cycle preprocess --data chunks --out contexts", "scipy.sparse.save_npz", "a row of contexts for every cell", "pooled as `rare`", "a single small one stays", "without a name holds the barcodes", "nested", "median total")),
+    ("fit", ("gears cycle fit --data chunks --contexts contexts --model model --workers 2", "cells.checkpoint=100000", "the same command goes on", "gives other weights, equally good", "cannot be told apart")),
+    ("counterfactual", ("gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad", "contexts_apart", "0: seen together", "--layer NAME", "own_unknown", "median total", "relative to the average training cell")),
+    ("contributions", ("gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad", "obsm['norms']", "varm['effects_FIELD']", "--layer NAME", "log1p of counts", "Norms do not add up", "mostly noise")),
 ])
 def test_help_teaches(capsys, step, words):
     with pytest.raises(SystemExit) as done:

@@ -174,6 +174,15 @@ def test_the_digest_of_a_set(tmp_path):
     assert open_chunks(tmp_path / "a").digest != one.digest
 
 
+def test_a_byte_order_mark_is_no_name(tmp_path):
+    adata = cells()
+    write_chunks(adata, tmp_path / "a", 25)
+    first = sorted((tmp_path / "a").glob("*.csv"))[0]
+    first.write_bytes(b"\xef\xbb\xbf" + first.read_bytes())
+    found, plain = open_chunks(tmp_path / "a"), open_chunks(adata, 25)
+    assert found.columns == plain.columns and found.read(0)[1].index.tolist() == plain.read(0)[1].index.tolist()
+
+
 # memory ---------------------------------------------------------------------------------------------------------------
 
 def wide(n, g=4000):

@@ -106,6 +106,40 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     refused(lambda: new(**{"cells.checkpoint": 200}).fit(changed, FIELDS, checkpoint=tmp_path / "run"), "another tag")
 
 
+@pytest.mark.parametrize("kind", ["npz", "h5ad"])
+def test_a_mended_data_set_is_not_continued(tmp_path, kind):
+    """Labels that were shifted by a row are put right: files of the same names and sizes, and yet other data."""
+    adata, home = simulated()[0], tmp_path / "data"
+    wrong = adata.copy()
+    wrong.obs = wrong.obs.iloc[np.roll(np.arange(len(wrong)), 1)].set_index(adata.obs_names)
+    place = home if kind == "npz" else tmp_path / "data.h5ad"
+    for n, data in enumerate((wrong, adata)):
+        if kind == "npz":
+            shutil.rmtree(home, ignore_errors=True)
+            write_chunks(data, home, 200)
+        else:
+            data.write_h5ad(place)
+        if n:
+            refused(lambda: new().fit(place, FIELDS, checkpoint=tmp_path / "run"), "another tag")
+        else:
+            new().fit(place, FIELDS, checkpoint=tmp_path / "run")
+
+
+def test_contexts_of_other_cells_are_refused():
+    adata = simulated()[0]
+    other = adata[adata.obs["donor"] != "donor 1"].copy()
+    refused(lambda: new(check=False).fit(adata, prepared=prepare(open_chunks(other), FIELDS)), "donor")
+    most = adata[:-1].copy()
+    refused(lambda: new(check=False).fit(most, prepared=prepare(open_chunks(adata), FIELDS)), "field 'assay'", "where contexts were found")
+
+
+def test_names_that_answers_need_are_no_fields():
+    adata = simulated()[0].copy()
+    for name in ("base", "residual", "contexts_apart", "own_unknown", "type_before", "a/b"):
+        adata.obs[name] = adata.obs["type"].to_numpy()
+        refused(lambda name=name: new().fit(adata, ["assay", name]), name, "rename the column")
+
+
 def test_fields_that_cannot_be_told_apart_are_told_and_get_nothing():
     adata = simulated()[0].copy()
     adata.obs["sex"] = np.where(adata.obs["type"].isin(["type 1", "type 2"]), "f", "m")
@@ -201,6 +235,34 @@ def test_a_gene_that_only_counts_into_totals_may_be_missing():
         made = model.counterfactual(few, {"donor": "donor 1"})
     assert made.shape == (30, 20)
     refused(lambda: model.counterfactual(few[:, [n for n in few.var_names if n != model.fitted.prepared.genes[0]]].copy(), {"donor": "donor 1"}), "1 of the model's 20 genes are missing", model.fitted.prepared.genes[0])
+
+
+def test_a_cell_whose_own_category_is_unknown_is_told_when_it_moves():
+    adata = simulated()[0][:60].copy()
+    adata.obs["donor"] = adata.obs["donor"].astype(object).where(np.arange(60) >= 5, None)
+    with pytest.warns(GearsWarning, match="own donor of 5 of 60 cells is unknown"):
+        moved = fitted().counterfactual(adata, {"donor": "donor 2"})
+    assert moved.obs["own_unknown"].tolist() == [True] * 5 + [False] * 55
+    assert not quiet(lambda: fitted().counterfactual(adata, {"assay": "assay 1"})).obs["own_unknown"].any()
+
+
+def test_a_pooled_category_is_no_place_to_go_and_words_are_forgiving():
+    adata = simulated()[0].copy()
+    few = adata.obs["type"].astype(str)
+    few.iloc[:3], few.iloc[3:6] = "type 8", "type 9"
+    adata.obs["type"] = few
+    model = quiet(lambda: new(**{"train.epochs": 1}).fit(adata, FIELDS))
+    refused(lambda: model.counterfactual(adata[:9].copy(), {"type": "type 8"}), "type 8", "pooled", "cells.rare")
+    assert quiet(lambda: model.counterfactual(adata[:9].copy(), {"type": " type  2 "})).obs["type"].unique().tolist() == ["type 2"]
+
+
+def test_answers_read_a_layer_and_say_their_unit():
+    adata = simulated("counts")[0].copy()
+    model, wanted = fitted("counts"), quiet(lambda: fitted("counts").counterfactual(adata, {"assay": "assay 1"}))
+    adata.layers["counts"], adata.X = adata.X.copy(), normalise(adata.X)
+    found = quiet(lambda: model.counterfactual(adata, {"assay": "assay 1"}, layer="counts"))
+    assert np.array_equal(found.X, wanted.X) and found.uns["cycle"]["target_sum"] == model.fitted.prepared.target_sum > 0
+    assert model.contributions(adata, layer="counts").uns["cycle"]["target_sum"] == found.uns["cycle"]["target_sum"]
 
 
 def test_combinations_never_seen_are_named_with_the_nearest_one():

@@ -75,7 +75,7 @@ def read_matrix(path: Path) -> sp.csr_matrix:
         X.check_format(full_check=True)
         return X
 
-# %% ../../nbs/cycle/01_chunks.ipynb #64359a2d
+# %% ../../nbs/cycle/01_chunks.ipynb #68ec9601
 TABLES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".pkl")
 "Endings of tables of contexts."
 
@@ -85,15 +85,20 @@ def ending(path: Path) -> str:
     return next((end for end in TABLES if path.name.lower().endswith(end)), "")
 
 
+def _first_names(path: Path) -> list[str]:
+    "Names of the columns of a text table; spreadsheets put a byte order mark before the first."
+    return [name.strip().removeprefix("\ufeff").strip('"') for name in first_fields(path)]
+
+
 def _read_text(path: Path) -> pd.DataFrame:
     "A text table, every value as text, empty fields missing."
     import pandas as pd
 
-    names = first_fields(path)
+    names = _first_names(path)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:  # pandas would call the second one NAME.1
         raise InputError(path, f"column '{twice[0]}'", "occurs more than once", "give every column a name of its own")
-    how = {"sep": "\t" if ".tsv" in path.name.lower() else ",", "dtype": str, "keep_default_na": False, "na_values": [""]}
+    how = {"sep": "\t" if ".tsv" in path.name.lower() else ",", "dtype": str, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
     try:
         return pd.read_csv(path, index_col=0 if names[:1] == [""] else None, **how)
     except _UNREADABLE as error:
@@ -191,7 +196,20 @@ def stored_table(group: Any, rows: slice) -> pd.DataFrame:
     columns = {name: _stored_column(group[name], rows) for name in names}
     return pd.DataFrame(columns, index=_stored_column(group[group.attrs["_index"]], rows))
 
-# %% ../../nbs/cycle/01_chunks.ipynb #31816ff2
+# %% ../../nbs/cycle/01_chunks.ipynb #d20b2f79
+def _mark(path: Path) -> list[Any]:
+    "Changes with the content of a file: check sums of an `.npz` and of tables; size and time of the last change of larger files, and of all files of a Zarr store."
+    from zipfile import ZipFile
+
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        return [[p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in inside]
+    if path.suffix == ".npz":
+        with ZipFile(path) as file:
+            return [[part.filename, part.CRC] for part in file.infolist()]
+    return [zlib.crc32(path.read_bytes())] if ending(path) else [path.stat().st_size, path.stat().st_mtime_ns]
+
+
 @dataclass(frozen=True)
 class Files:
     "A chunk in two files, a matrix and a table."
@@ -207,7 +225,11 @@ class Files:
 
     @property
     def marks(self) -> list[Any]:
-        return [self.matrix.name, self.table.name, self.cells, self.matrix.stat().st_size, self.table.stat().st_size]
+        return [self.matrix.name, self.table.name, self.cells]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.matrix, self.table)
 
     def read(self) -> tuple[sp.csr_matrix, pd.DataFrame]:
         "Values and contexts, not yet compared with each other."
@@ -235,7 +257,7 @@ def _backed(path: Path) -> Iterator[Any]:
         problem = f"is cut, damaged or no table of AnnData ({type(error).__name__}: {str(error)[:80]})"
         raise InputError(path, "file", problem, "copy it again, or write it with AnnData.write_h5ad") from error
 
-# %% ../../nbs/cycle/01_chunks.ipynb #bfb0e085
+# %% ../../nbs/cycle/01_chunks.ipynb #ba479bd1
 @dataclass(frozen=True)
 class Slice:
     "A chunk that is some rows of an `.h5ad` or a Zarr store. `place`: `X`, `layers/NAME` or `raw/X`."
@@ -259,14 +281,18 @@ class Slice:
 
     @property
     def marks(self) -> list[Any]:
-        return [self.path.name, self.place, self.start, self.stop, self.path.stat().st_size if self.path.is_file() else 0]
+        return [self.path.name, self.place, self.start, self.stop]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
 
     def read(self) -> tuple[sp.csr_matrix, pd.DataFrame]:
         "Values and contexts of the rows."
         with _backed(self.path) as file:
             return stored_rows(file[self.place], self.start, self.stop), stored_table(file["obs"], slice(self.start, self.stop))
 
-# %% ../../nbs/cycle/01_chunks.ipynb #800d0f4c
+# %% ../../nbs/cycle/01_chunks.ipynb #60a581c9
 @dataclass(frozen=True, eq=False)
 class Held:
     "A chunk that is some rows of matrix and table in memory."
@@ -292,6 +318,10 @@ class Held:
     def marks(self) -> list[Any]:
         X, table = self.read()
         return [self.start, self.stop, X, {name: table[name].astype(str).tolist() for name in table}]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
 
     def read(self) -> tuple[sp.csr_matrix, pd.DataFrame]:
         "Copies of the rows."
@@ -329,7 +359,7 @@ def checked(X: sp.csr_matrix, table: pd.DataFrame, genes: Sequence[str], part: P
     X.eliminate_zeros()
     return X
 
-# %% ../../nbs/cycle/01_chunks.ipynb #83432ddb
+# %% ../../nbs/cycle/01_chunks.ipynb #1f5f5cbb
 @dataclass(frozen=True)
 class ChunkSet:
     """Cells in pieces: `genes` (g,), where the pieces are, the columns of contexts that all of them have, and for other columns a table without them.
@@ -352,8 +382,9 @@ class ChunkSet:
 
     @property
     def digest(self) -> str:
-        "Changes with genes, and with names and sizes of the files (of an object in memory: with its content); no file is read."
-        return content_digest(list(self.genes), list(self.columns), [part.marks for part in self.parts])
+        "Changes with genes, names and content (see `_mark`; of an object in memory: with its content)."
+        files = sorted({path for part in self.parts for path in part.files})
+        return content_digest(list(self.genes), list(self.columns), [part.marks for part in self.parts], [_mark(path) for path in files])
 
     def read(self, i: int) -> tuple[sp.csr_matrix, pd.DataFrame]:
         """Values `(n, g)` float32 and contexts `(n, columns)` of chunk `i`, row by row of the same cells.
@@ -425,7 +456,7 @@ def _pairs(folder: Path, stem: str | None = None) -> list[tuple[Path, Path]]:
             raise InputError(tables[own], "matrix", "there is no matrix beside this table", f"write {own}.npz, or take the table out of the folder")
     return [(matrices[own], tables[own]) for own in matrices]
 
-# %% ../../nbs/cycle/01_chunks.ipynb #e278a71a
+# %% ../../nbs/cycle/01_chunks.ipynb #a5b77649
 def _gene_names(folder: Path, g: int) -> tuple[str, ...]:
     "Names `(g,)` from the folder's list, or numbers."
     path = next((folder / name for name in GENES if (folder / name).is_file()), None)
@@ -460,7 +491,7 @@ def _header(table: Path) -> list[str]:
     "Names of the columns; of a text table only the first line is read."
     if ending(table) in (".parquet", ".pkl"):
         return list(read_contexts(table).columns)
-    names = [name.strip() for name in first_fields(table)]
+    names = _first_names(table)
     return names[1:] if names[:1] == [""] else names
 
 # %% ../../nbs/cycle/01_chunks.ipynb #6eecb55b

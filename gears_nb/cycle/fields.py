@@ -134,7 +134,7 @@ class _Census:
         place = np.bincount(self.rows[:, list(self.words).index(name)] + 1, weights=self.cells, minlength=len(self.words[name]) + 1)
         return dict(zip(self.words[name], place[1:].astype(int).tolist())), int(place[0])
 
-# %% ../../nbs/cycle/03_fields.ipynb #b41e60e2
+# %% ../../nbs/cycle/03_fields.ipynb #fac3a057
 def unfit(counts: Mapping[str, int], rare: int) -> str:
     "Why a column with `counts` cells of each word is no field; `''` if it is one."
     cells = sum(counts.values())
@@ -147,12 +147,18 @@ def unfit(counts: Mapping[str, int], rare: int) -> str:
     return ""
 
 
+def _reserved(name: str) -> str:
+    "Why a column of this name can't be a field, `''` if it can: answers have columns of their own, and names with a slash cannot be stored."
+    taken = name in ("base", "residual", "contexts_apart", "own_unknown") or name.endswith("_before") or "/" in name
+    return "its name is one that answers need; rename the column" if taken else ""
+
+
 def _chosen(census: _Census, rare: int) -> list[Field]:
     "The fields among the columns that were counted. Raises `InputError` for one that was asked for and is none."
     fields = []
     for name in list(census.words):
         counts, missing = census.counts(name)
-        reason = unfit(counts, rare)
+        reason = _reserved(name) or unfit(counts, rare)
         if not census.asked and not reason and census.numbers[name]:
             reason = "numbers; name it in fields to use it"
         if reason and census.asked:

@@ -247,14 +247,18 @@ def _ask_arguments(add: Callable[..., Any]) -> None:
     add("--cells", type=int, default=200, metavar="N", help="predicted cells per condition, at most (default 200; no more than there are controls)")
     add("--out", required=True, metavar="OUT.h5ad", help="the predicted cells (see below)")
 
-# %% ../../nbs/runs/05_cli.ipynb #d5d53820
+# %% ../../nbs/runs/05_cli.ipynb #df449e0c
 _CHUNKS = """what --data is
   a folder of chunks   NAME.npz (cells in rows, as scipy.sparse.save_npz writes a csr matrix; raw counts or logarithms) beside NAME.csv, .tsv, .parquet or .pkl
                        (plain tables only) with a row of contexts for every cell, for each chunk; and genes.txt, names one a line (else genes have numbers)
   FILE.h5ad, FILE.zarr read in slices of rows, never whole; several of either, or several folders, if their genes are the same
 
 contexts are columns of labels: assay, cell type, donor, ... By default those of texts, categories or truth values with 2 to 200 categories are taken, and what was
-left out is said. Empty labels are `unknown`; categories with fewer than 10 cells (preprocess --rare N; fit --set cells.rare=N) are pooled as `rare`.
+left out is said. Empty labels are `unknown`; categories with fewer than 10 cells (preprocess --rare N; fit --set cells.rare=N) are pooled as `rare`, but a single
+small one stays as it is. A first column of a .csv without a name holds the barcodes. Fields that are nested (every batch of one assay) cannot be told apart: the
+effects of assay are left to batch, and a move to another assay changes nothing. Name the one you ask about with --fields and leave the other out.
+
+values: log1p of counts scaled to a target sum a cell, the median total of the training cells (it is printed); logarithms stay as they are
 """
 _CONTEXTS = f"""{_CHUNKS}
 examples
@@ -263,7 +267,7 @@ examples
 """
 _CYCLE_FIT = f"""{_CHUNKS}
 memory: one chunk and --workers x cells.prefetch more, whatever the number of cells. Interrupted, the same command goes on from the last checkpoint (after each pass;
-with --set cells.checkpoint=100000 after so many cells, in the middle of a chunk).
+with --set cells.checkpoint=100000 after so many cells, in the middle of a chunk). Another cells.checkpoint deals other batches, and so gives other weights, equally good.
 
 examples
   gears cycle fit --data chunks --model model
@@ -271,27 +275,35 @@ examples
   gears cycle fit --data cells.h5ad --fields assay cell_type --model quick --profile smoke
 """
 
-# %% ../../nbs/runs/05_cli.ipynb #ca9acf06
-_MOVED = """what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
+# %% ../../nbs/runs/05_cli.ipynb #0f7e41ea
+_UNIT = """unit of all values: log1p of counts scaled to the median total of the training cells (logarithms, if the model was fitted to logarithms, as they are)
+"""
+_MOVED = f"""what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
   layers['generated'], layers['difference']   base and heads alone; what the change adds
   obs                                         the new contexts, FIELD_before, and contexts_apart: in how many fields the nearest combination that was trained on differs
                                               (0: seen together; above 0 the result rests on effects that add up, and a warning names the nearest combination)
+                                              own_unknown: the cell's own category of a moved field is not known, so that the new effect comes on top of its own
+
+{_UNIT}effects are relative to the average training cell. Of nested fields (every batch of one assay) the effects of one are left to the other: what cannot be told apart is said
 
 examples
   gears cycle counterfactual --model model --cells cells.h5ad --to assay='10x v3' --out moved.h5ad
   gears cycle counterfactual --model model --cells cells.h5ad --to assay=Smart-seq2 donor=D7 --mode generated --out moved.h5ad
 """
-_PARTS = """what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
+_PARTS = f"""what comes out: OUT.h5ad with a row per cell, log values of the model's genes in X
   obsm['norms']                  how much base, each field, and what is left are of a cell (L2 norm over genes)
   varm['effects_FIELD']          mean contribution of each category, genes by categories;  var['intercept']: the constant profile
   uns['cycle']['influence']      share of the variance that each field accounts for, of all genes and of each
   layers['base'], layers[FIELD]  the parts themselves, with --parts
 
+{_UNIT}effects are relative to the average training cell. Norms do not add up (the parts do, with intercept and residual), and the residual is mostly noise of counting.
+"not told apart": the field is nested with another (every batch of one assay), and its effects are left to that one
+
 example
   gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad
 """
 
-# %% ../../nbs/runs/05_cli.ipynb #5594337a
+# %% ../../nbs/runs/05_cli.ipynb #44eabe49
 def _chunk_arguments(add: Callable[..., Any]) -> None:
     """How sets of cells are read."""
     add("--data", nargs="+", required=True, metavar="DATA", help="a folder of chunks, an .h5ad or a Zarr store (see below)")
@@ -304,11 +316,12 @@ def _asking_arguments(add: Callable[..., Any]) -> None:
     """What a saved model is asked about."""
     add("--model", required=True, metavar="DIR", help="a folder written by gears cycle fit")
     add("--cells", required=True, metavar="FILE", help="cells with values of the kind that was fitted, and their contexts in obs: .h5ad, Zarr store or folder of chunks")
+    add("--layer", metavar="NAME", help="where the values of the cells are, in an .h5ad or Zarr store (default X; raw: .raw)")
     add("--out", required=True, metavar="OUT.h5ad", help="where the cells go (see below)")
     add("--unknown", choices=("refuse", "pool"), default="refuse", help="cells of categories that were not trained on: refuse (default), or take their field as unknown")
     add("--quiet", action="store_true", help="no progress bars")
 
-# %% ../../nbs/runs/05_cli.ipynb #8680e2f4
+# %% ../../nbs/runs/05_cli.ipynb #ce4d07df
 def _cycle_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears cycle` takes: one of four steps."""
     steps = parser.add_subparsers(dest="step", metavar="preprocess|fit|counterfactual|contributions", required=True)
@@ -323,7 +336,7 @@ def _cycle_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="where the model goes: a new or empty folder")
     add("--contexts", metavar="CONTEXTS", help="a folder written by preprocess (default: contexts are found now)")
     add("--workers", type=int, metavar="N", help="processes that read chunks ahead (default 0: a thread)")
-    add("--tensorboard", metavar="DIR", help="also write losses and norms there, for TensorBoard")
+    add("--tensorboard", metavar="DIR", help="also write losses and norms there, for TensorBoard: a folder outside of those of data, contexts and model")
     add("--profile", default="toy", metavar="P", help="smoke (seconds), toy (default: 2000 genes, 30 passes), paper")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same data: same model, for any number of workers (default 0)")
     add("--set", nargs="*", default=[], dest="overrides", metavar="KEY=VALUE", help="change a setting, such as cells.n_genes=4000, net.base=64 or train.epochs=10")
@@ -640,13 +653,13 @@ def _perturb(args: argparse.Namespace) -> int:
     print(f"{done.cells} cells of {done.conditions} conditions, {done.genes} genes: {done.out}")
     return 0
 
-# %% ../../nbs/runs/05_cli.ipynb #01ea9af3
+# %% ../../nbs/runs/05_cli.ipynb #508d6330
 def _cycle(args: argparse.Namespace) -> int:
     from functools import partial
 
     from gears_nb.runs import contexts
-    shared = {"fields": args.fields, "layer": args.layer, "say": partial(print, flush=True)} if args.step in ("preprocess", "fit") else {"unknown": args.unknown}
-    shared["progress"] = not args.quiet
+    shared = {"fields": args.fields, "say": partial(print, flush=True)} if args.step in ("preprocess", "fit") else {"unknown": args.unknown}
+    shared |= {"layer": args.layer, "progress": not args.quiet}
     if args.step == "preprocess":
         contexts.preprocess_data(args.data, args.out, rare=args.rare, genes=args.genes, min_share=args.min_share, **shared)
         return 0
