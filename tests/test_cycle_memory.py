@@ -60,7 +60,7 @@ def under_a_limit(folder):
 def test_a_set_that_cannot_be_held_is_trained_on_and_the_process_does_not_grow(folder):
     size = sum(path.stat().st_size for path in Path(folder).glob("*.npz")) / 2**20
     found = in_fresh_process(functools.partial(under_a_limit, folder)).value
-    assert size > 2 * ROOM_MB and "MemoryError" in found["said"], found["said"]
+    assert size > 2 * ROOM_MB and "memory" in found["said"].lower(), found["said"]
     assert found["finite"] and found["every"] - found["few"] < 0.1 * size  # 37 more chunks would be 141 MiB
 
 
