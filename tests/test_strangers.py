@@ -488,7 +488,8 @@ def test_a_stopped_run_leaves_no_half_file(how, here, tmp_path_factory):
     env = {**os.environ, "GEARS_CACHE": str(tmp_path_factory.mktemp("stopped")), "OMP_NUM_THREADS": "1"}
     before = sorted(p.name for p in here.iterdir())
     run = subprocess.Popen([GEARS, "reconstruct", "--slides", "a.h5ad", "b.h5ad", "--cells", "q.h5ad", "--out", "o.h5ad", "--profile", "smoke", "--set", "structure.guess_epochs=100000"],
-                           cwd=here, env=env, stderr=subprocess.PIPE, bufsize=0)
+                           cwd=here, env=env, stderr=subprocess.PIPE, bufsize=0,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell lets what it starts in the background ignore SIGINT
     seen = b""
     while b"guess-0" not in seen and run.poll() is None:
         seen += run.stderr.read(64)
