@@ -22,7 +22,7 @@ from ..targets.builder import GeoTargets, build_targets
 
 # %% auto #0
 __all__ = ['SIZES', 'SOURCE', 'TaughtPLAIN', 'TaughtV1', 'TaughtV2', 'TaughtD2', 'TaughtD7', 'TaughtEGNN', 'TaughtTOPO', 'Recipe',
-           'mixed_batches', 'Scaled', 'Taught', 'source']
+           'mixed_batches', 'Scaled', 'stress_weight', 'Taught', 'source']
 
 # %% ../../nbs/structure/12_source_recipe.ipynb #daeee6e1
 SIZES = (128, 256, 384)
@@ -35,7 +35,7 @@ SOURCE: dict[str, Any] = {
 }
 "The frozen recipe as changes of settings (Sources S3, sections B4. Full loss and Deliverable C)."
 
-# %% ../../nbs/structure/12_source_recipe.ipynb #8b03e99e
+# %% ../../nbs/structure/12_source_recipe.ipynb #390b678f
 @dataclass(frozen=True)
 class Recipe(Rung):
     "Choices of a rung that is trained as the source trains."
@@ -45,6 +45,7 @@ class Recipe(Rung):
     qk_scale: Weight = 1.0                                              # factor of the content term; 0: no queries and keys
     beta_by_recycle: tuple[Weight, ...] = ()                            # fixed weight of the gate in every recycle; (): one for all
     noise_ramp: bool = False                                            # augmentation grows linearly over the epochs
+    stress_end: Weight | None = None                                    # weight of the stress in the last epoch, reached linearly; None: constant
 
 # %% ../../nbs/structure/12_source_recipe.ipynb #deaef618
 def mixed_batches(sizes: Sequence[int]) -> Batches:
@@ -69,7 +70,12 @@ class Scaled(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return self.factor * self.content(q, k)
 
-# %% ../../nbs/structure/12_source_recipe.ipynb #08caaf82
+# %% ../../nbs/structure/12_source_recipe.ipynb #5796941f
+def stress_weight(choice: Recipe, first: float, epoch: int, epochs: int) -> float:
+    "Weight of the stress in `epoch`: from `first` to `stress_end` in the last one."
+    return first if choice.stress_end is None else first + (choice.stress_end - first) * min(1.0, epoch / max(epochs - 1, 1))
+
+# %% ../../nbs/structure/12_source_recipe.ipynb #1a2e9849
 class Taught(Ladder):
     "A rung trained by the source's recipe; see `Recipe`."
 
@@ -102,8 +108,9 @@ class Taught(Ladder):
             terms = super().losses(H, targets, mask, rng, epoch, **how)
         finally:
             self.config = plain
-        own = loss_weights(plain, self.rung, self.targets.stress_weight, epoch)["stress0"]
-        return {**terms, "loss": terms["loss"] - own * terms["stress0"]}
+        first = self.targets.stress_weight
+        more = stress_weight(self.rung, first, epoch, plain.train.epochs) - first
+        return {**terms, "loss": terms["loss"] - loss_weights(plain, self.rung, first, epoch)["stress0"] * terms["stress0"] + more * terms["stress"]}
 
     def stages(self, run: Run, loss: Loss = geometry_loss) -> list[Stage]:
         "Gate, warm-up, refinement in one piece; the first guess is frozen only if it was taught before."
