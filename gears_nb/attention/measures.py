@@ -24,7 +24,8 @@ from ..targets.energy import FLOOR, SOFT_LENGTH, energy, kl_rows, masked_mean
 
 # %% auto #0
 __all__ = ['side_by_side', 'with_mean', 'mean_where', 'rho_rows', 'recall', 'energy_of_distances', 'distance_gradient',
-           'both_ways', 'alignment', 'h_closeness', 'measure', 'interval']
+           'both_ways', 'alignment', 'carried', 'h_closeness', 'edge_std', 'looks', 'plain_answers', 'measure',
+           'interval']
 
 # %% ../../nbs/attention/03_measures.ipynb #9ab6d5ae
 def side_by_side(trace: AttentionTrace, edges: np.ndarray, fill: float = np.inf) -> np.ndarray:
@@ -65,7 +66,7 @@ def recall(trace: AttentionTrace, score: np.ndarray, near: np.ndarray) -> np.nda
     hits, _ = top_hits(s, real.expand_as(s), hit.expand_as(s), k)
     return (hits.double().mean(-1) / k).numpy().reshape(score.shape[:-1])
 
-# %% ../../nbs/attention/03_measures.ipynb #74c06aa8
+# %% ../../nbs/attention/03_measures.ipynb #cca25fca
 def energy_of_distances(d: Tensor, targets: GeoTargets, stress_weight: float = 0.1) -> Tensor:
     "`E_geo` `(B,)` of layouts given by their distances `(B, n, n)` in unit-RMS gauge; the same number as `targets.energy.energy` of the layouts."
     log_T = log_walk(d.square(), log_support(targets.knn_edges, targets.knn_mask, targets.mask, d.dtype), targets.sigma_local.to(d.dtype))
@@ -79,13 +80,13 @@ def energy_of_distances(d: Tensor, targets: GeoTargets, stress_weight: float = 0
     return total + stress_weight * masked_mean(log_ratio.square(), targets.edge_mask)
 
 
-def distance_gradient(x: np.ndarray, targets: GeoTargets) -> np.ndarray:
+def distance_gradient(x: np.ndarray, targets: GeoTargets, stress_weight: float = 0.1) -> np.ndarray:
     "`dE/dd_ij` `(L, n, n)` of the unordered pairs of layouts `x` `(L, n, 2)` in unit-RMS gauge, all against the targets of one miniset (a batch of one); symmetric."
     X = torch.as_tensor(x)
     d = squared_distances(X).sqrt().requires_grad_()
     many = targets.map(lambda t: t.expand(len(X), *t.shape[1:]))
     with torch.enable_grad():
-        (g,) = torch.autograd.grad(energy_of_distances(d, many).sum(), d)
+        (g,) = torch.autograd.grad(energy_of_distances(d, many, stress_weight).sum(), d)
     return (g + g.transpose(1, 2)).numpy()
 
 # %% ../../nbs/attention/03_measures.ipynb #ab445c7c
@@ -117,36 +118,79 @@ def alignment(trace: AttentionTrace, targets: GeoTargets, scores: Mapping[str, n
             out[f"{score}/{name}"] = spearman(s[..., mine], size.reshape(len(size), *[1] * (s.ndim - 2), -1)[..., mine], undefined=np.nan)
     return out
 
-# %% ../../nbs/attention/03_measures.ipynb #11d29d5c
+# %% ../../nbs/attention/03_measures.ipynb #23b7219d
+def carried(trace: AttentionTrace, targets: GeoTargets) -> dict[str, np.ndarray]:
+    """Who carries gradient and attention, at the layout that each recycle was given, each `(R,)`; `targets`: of this miniset (a batch of one).
+
+    `total/family`: share of the summed `|dE/dd_ij|`; `mass/family`: share of the attention to other cells, heads averaged; `pairs/family`: share of the pairs `()`. `stress/gradient`:
+    share of the summed absolute gradients of walk and stress that is stress; `stress/energy` `(R + 1,)`: share of the energy of every layout, the first guess first; `energy` `(R + 1,)`."""
+    pairs, family = edge_families(targets)
+    i, j = pairs.T
+    x = trace.x.astype(np.float64)
+    whole, walk = (distance_gradient(x[:-1], targets, w)[:, i, j] for w in (0.1, 0.0))
+    kind = np.full((trace.n, trace.n), len(FAMILIES))
+    kind[i, j] = kind[j, i] = family
+    others = trace.row != trace.col
+    attention, own = trace.attention.mean(1)[:, others], kind[trace.row[others], trace.col[others]]
+    share = lambda part, of: part.sum(-1) / np.maximum(of.sum(-1), 1e-30)
+    out = {f"total/{name}": share(np.abs(whole[:, family == f]), np.abs(whole)) for f, name in enumerate(FAMILIES)}
+    out |= {f"mass/{name}": share(attention[:, own == f], attention) for f, name in enumerate(FAMILIES)}
+    out |= {f"pairs/{name}": np.asarray((family == f).mean()) for f, name in enumerate(FAMILIES)}
+    loud = np.abs(whole - walk).sum(-1)
+    E = energy(torch.as_tensor(x), targets.map(lambda t: t.expand(len(x), *t.shape[1:])), gauge=False)
+    total = E.total.numpy()
+    return out | {"stress/gradient": loud / np.maximum(loud + np.abs(walk).sum(-1), 1e-30),
+                  "stress/energy": 0.1 * E.stress.numpy() / np.maximum(total, 1e-30), "energy": total}
+
+# %% ../../nbs/attention/03_measures.ipynb #d41c20a2
 def h_closeness(trace: AttentionTrace, H: np.ndarray) -> np.ndarray:
     "Minus the distance in H `(n, d)` of both ends of every edge, `(E,)`."
     return -np.linalg.norm(H[trace.row] - H[trace.col], axis=-1)
 
 
-def measure(trace: AttentionTrace, H: np.ndarray, targets: GeoTargets, ks: tuple[int, ...] = (10, 30)) -> dict[str, np.ndarray]:
+def edge_std(trace: AttentionTrace, edges: np.ndarray) -> np.ndarray:
+    "Standard deviation over all candidate edges, self-edges left out: `(..., E)` -> `(...)`; what is constant in a row counts, unlike in `row_std`."
+    return edges[..., trace.row != trace.col].std(-1)
+
+
+def looks(trace: AttentionTrace, H: np.ndarray, ks: tuple[int, ...] = (10, 30), by_head: bool = True) -> dict[str, np.ndarray]:
+    """Where one record's attention looks and what moves it: recall, correlations with the terms, scale of the terms, entropy, size of the steps.
+
+    `by_head`: correlations for every head `(R, h + 1)`; otherwise for the mean alone `(R, 1)`, in a third of the time."""
+    near_h, attention = h_closeness(trace, H), with_mean(trace.attention)
+    ranked = slice(None) if by_head else slice(-1, None)
+    out: dict[str, np.ndarray] = {}
+    for k in ks:
+        near = true_neighbours(trace.truth, k)
+        out[f"recall{k}"] = recall(trace, attention, near)
+        out |= {f"recall{k}/{name}": recall(trace, score, near) for name, score in plain_answers(trace, near_h).items()}
+    out |= {f"rho/{name}": rho_rows(trace, attention[:, ranked], with_mean(term)[:, ranked]) for name, term in trace.terms.items()}
+    out["rho/H"] = rho_rows(trace, attention[:, ranked], near_h)
+    if trace.gate is not None:
+        out["rho/gate beside H"] = rho_rows(trace, near_h, trace.gate)
+    for name, term in ({**trace.terms, "total": sum(trace.terms.values())} if trace.terms else {}).items():
+        out |= {f"scale/{name}": row_std(trace, term), f"std/{name}": edge_std(trace, term)}
+    nats = entropy(trace)
+    return out | {"entropy": mean_where(nats / np.log(np.maximum(degrees(trace), 2))), "nats": nats.mean(-1), "step": step_size(trace)}
+
+# %% ../../nbs/attention/03_measures.ipynb #12333ba6
+def plain_answers(trace: AttentionTrace, near_h: np.ndarray) -> dict[str, np.ndarray]:
+    "Scores `(E,)` that need no attention: even, closeness in H, and the gate, if there is one."
+    return {"uniform": np.zeros(len(trace.row)), "H": near_h, **({} if trace.gate is None else {"gate": trace.gate})}
+
+
+def measure(trace: AttentionTrace, H: np.ndarray, targets: GeoTargets, ks: tuple[int, ...] = (10, 30), *,
+            by_head: bool = True,   # correlations for every head; False: for the mean alone
+            ) -> dict[str, np.ndarray]:
     """All numbers of one record by name, float64, last axes `(R,)`, `(R, h)` or `(R, h + 1)` (heads, then their mean).
 
     `H` `(n, d)` and `targets` (a batch of one) of the same miniset. Raises `InputError` for a record without true places. O(R h E log E)."""
     if trace.truth is None:
         raise InputError("measure", "trace.truth", "the record has no true places", "record with truth=")
-    near_h, attention = h_closeness(trace, H), with_mean(trace.attention)
-    simple = {"uniform": np.zeros(len(trace.row)), "H": near_h, **({} if trace.gate is None else {"gate": trace.gate})}
-    out: dict[str, np.ndarray] = {}
-    for k in ks:
-        near = true_neighbours(trace.truth, k)
-        out[f"recall{k}"] = recall(trace, attention, near)
-        out |= {f"recall{k}/{name}": recall(trace, score, near) for name, score in simple.items()}
-    out |= {f"rho/{name}": rho_rows(trace, attention, with_mean(term)) for name, term in trace.terms.items()}
-    out["rho/H"] = rho_rows(trace, attention, near_h)
-    if trace.gate is not None:
-        out["rho/gate beside H"] = rho_rows(trace, near_h, trace.gate)
-    loud = {**trace.terms, "total": sum(trace.terms.values())} if trace.terms else {}
-    out |= {f"scale/{name}": row_std(trace, term) for name, term in loud.items()}
-    out["entropy"] = mean_where(entropy(trace) / np.log(np.maximum(degrees(trace), 2)))
-    constant = {name: np.broadcast_to(s, (trace.recycles, len(s))) for name, s in simple.items() if name != "uniform"}
-    out |= {f"gradient/{name}": v for name, v in alignment(trace, targets, {"attention": attention, **constant}).items()}
-    out["step"] = step_size(trace)
-    return {name: np.asarray(v, np.float64) for name, v in out.items()}
+    attention = with_mean(trace.attention)[:, slice(None) if by_head else slice(-1, None)]
+    constant = {name: np.broadcast_to(s, (trace.recycles, len(s))) for name, s in plain_answers(trace, h_closeness(trace, H)).items() if name != "uniform"}
+    out = looks(trace, H, ks, by_head) | {f"gradient/{name}": v for name, v in alignment(trace, targets, {"attention": attention, **constant}).items()}
+    return {name: np.asarray(v, np.float64) for name, v in (out | carried(trace, targets)).items()}
 
 # %% ../../nbs/attention/03_measures.ipynb #a0ecaf75
 def interval(values: np.ndarray, level: float = 0.95, *, correlation: bool = False) -> dict[str, Any]:

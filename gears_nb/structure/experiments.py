@@ -286,7 +286,7 @@ def pair_shape(X: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     spread = (d - d.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     return {"pair05": d.nanquantile(0.05, 1), "pair_cv": spread / d.nanmean(1)}
 
-# %% ../../nbs/structure/09_experiments.ipynb #08d08866
+# %% ../../nbs/structure/09_experiments.ipynb #63f9c813
 GATE = {"kl": "gate_kl", "precision30": "precision30", "recall30": "recall30", "entropy": "gate_entropy", "correlation": "gate_correlation"}
 "What `gate_metrics` calls it -> column."
 
@@ -319,7 +319,7 @@ def measure_recycles(trace: Mapping[str, Tensor], X: Tensor, targets: GeoTargets
     return {"logit_std_first": logit_spread(first, support, targets.mask), "entropy_first": 1 - entropy_deficit(first, support, targets.mask),
             "step_first": masked_mean(step, targets.mask).sqrt(), "attention30_least": recall.amin(0)}
 
-
+# %% ../../nbs/structure/09_experiments.ipynb #bebfd84c
 def measure_batch(model: GeometryModel, H: Tensor, X: Tensor, targets: GeoTargets, edges: str = "gated") -> dict[str, Tensor]:
     "All measures `(B,)` of one batch; the columns of the table."
     truth, support = oracle_edges(targets), model.candidates(H, targets.mask)
