@@ -118,13 +118,15 @@ class Taught(Ladder):
         plan = [self._sized(stage, run, taught) for stage in super().stages(run, loss)]
         return [*plan[:-1], *self._halves(plan[-1])]
 
-# %% ../../nbs/structure/12_source_recipe.ipynb #40b21c16
+# %% ../../nbs/structure/12_source_recipe.ipynb #8fca2ed9
 @patch
 def _sized(self: Taught, stage: Stage, run: Run, taught: bool) -> Stage:
     "`stage` with minisets of several sizes and with the head of the first guess free, unless it was `taught`."
     frozen = stage.frozen if taught else tuple(part for part in stage.frozen if part != "refine.guess" or stage.name == "gate")
-    mixed = self.rung.sizes and stage.batches is target_batches
-    return replace(stage, frozen=frozen, batches=mixed_batches(self.rung.sizes) if mixed else stage.batches)
+    if not self.rung.sizes or stage.batches is not target_batches:
+        return replace(stage, frozen=frozen)
+    sizes = self.rung.sizes[:1] if stage.name == "gate" else self.rung.sizes
+    return replace(stage, frozen=frozen, batches=mixed_batches(sizes))
 
 
 @patch
