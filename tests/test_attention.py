@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from gears_nb.attention import figures, measures, rules
+from gears_nb.attention import claims, figures, measures, rules
 from gears_nb.core.errors import InputError
 from gears_nb.geometry import metrics
 from gears_nb.geometry.gauge import canonical, gauge_fix
+from gears_nb.lab.power import smallest_visible
 from gears_nb.models.catalogue import model_class
-from gears_nb.models.trace import AttentionTrace, values
+from gears_nb.models.trace import AttentionTrace, row_std, values
 from gears_nb.reconstruct.settings import profile
 from gears_nb.structure.experiments import EvaluationSettings, evaluation_set
 from gears_nb.structure.explain import record
@@ -150,6 +151,31 @@ def test_footnotes_carry_the_numbers_of_the_code():
         rules.footnote("best")
 
 
+def test_degree_counts_pairs_and_highest_is_a_landmark():
+    targets = build_targets(torch.from_numpy(np.stack([cloud(2, 60), cloud(3, 60)])), k=6)
+    degree = rules.multiscale_degree(targets)
+    for b in range(2):
+        pairs, _ = rules.edge_families(targets[b])
+        assert np.array_equal(degree[b], np.bincount(pairs.ravel(), minlength=60))
+        chosen = rules.query_cells(cloud(2 + b, 60), degree=degree[b])
+        landmarks = set(targets.landmarks[b][targets.landmark_mask[b]].tolist()) - {cell for name, cell in chosen.items() if name != "highest degree"}
+        assert chosen["highest degree"] == min(landmarks), "landmarks are paired with every cell; among equals the lowest number wins"
+
+
+def test_degree_of_padded_cells_is_zero():
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[0, 30:] = False
+    degree = rules.multiscale_degree(build_targets(torch.from_numpy(cloud(1))[None], mask, k=5))[0]
+    assert (degree[30:] == 0).all() and (degree[:30] > 0).all()
+
+
+def test_nine_rules_want_nine_cells():
+    nine = cloud(0, 9)
+    assert len(rules.query_cells(nine, np.arange(9.0), np.arange(9.0), np.arange(9))) <= 9
+    with pytest.raises(InputError, match="at least 9"):
+        rules.query_cells(nine[:8], degree=np.arange(8))
+
+
 # ---------------------------------------------------------------- measures
 
 
@@ -233,6 +259,47 @@ def test_alignment_sees_what_it_is_shown(made):
         assert np.allclose(found[f"by head/{family}"], [[1, -1]] * trace.recycles, atol=1e-6) and 0 <= found[f"share/{family}"] <= 1
 
 
+def test_families_carry_the_whole_gradient_and_no_more_than_all_attention(made):
+    *_, targets, trace = made
+    found = measures.carried(trace, targets)
+    assert np.allclose(sum(found[f"total/{f}"] for f in rules.FAMILIES), 1) and np.isclose(sum(found[f"pairs/{f}"] for f in rules.FAMILIES), 1)
+    mass = sum(found[f"mass/{f}"] for f in rules.FAMILIES)
+    assert ((mass > 0) & (mass <= 1 + 1e-6)).all() and found["stress/energy"].shape == found["energy"].shape == (trace.recycles + 1,)
+    assert ((found["stress/gradient"] > 0) & (found["stress/gradient"] < 1)).all()
+
+
+def test_share_of_the_stress_is_that_of_the_energy(made):
+    *_, targets, trace = made
+    x = torch.from_numpy(trace.x).double()
+    E = energy(x, targets.map(lambda t: t.expand(len(x), *t.shape[1:])), gauge=False)
+    found = measures.carried(trace, targets)
+    assert np.allclose(found["energy"], E.total) and np.allclose(found["stress/energy"], 0.1 * E.stress / E.total)
+
+
+def test_even_attention_gives_a_family_what_it_has_of_the_candidates(made):
+    *_, targets, trace = made
+    even = AttentionTrace(trace.row, trace.col, np.ones_like(trace.attention), {}, trace.x)
+    pairs, family = rules.edge_families(targets)
+    there = set(zip(trace.row.tolist(), trace.col.tolist()))
+    on = [sum((i, j) in there for i, j in np.r_[pairs[family == f], pairs[family == f][:, ::-1]].tolist()) for f in range(3)]
+    found = measures.carried(even, targets)
+    assert np.allclose([found[f"mass/{name}"][0] for name in rules.FAMILIES], np.array(on) / (trace.row != trace.col).sum())
+
+
+def test_without_heads_the_mean_stays(made):
+    _, H, _, targets, trace = made
+    a, b = (measures.measure(trace, H[0].numpy(), targets, (5,), by_head=by_head) for by_head in (("recall", "rho"), ()))
+    for name in ("rho/gate", "rho/qk", "rho/H", "gradient/attention/all"):
+        assert b[name].shape == (trace.recycles, 1) and np.allclose(a[name][:, -1:], b[name], equal_nan=True)
+    assert np.array_equal(a["recall5"][:, -1:], b["recall5"]) and a.keys() == b.keys()
+
+
+def test_spread_over_edges_counts_what_is_constant_in_a_row(made):
+    *_, trace = made
+    by_cell = np.arange(trace.n, dtype=np.float32)[trace.row][None, None]
+    assert np.allclose(row_std(trace, by_cell), 0) and np.isclose(measures.edge_std(trace, by_cell)[0, 0], by_cell[0, 0][trace.row != trace.col].std())
+
+
 def test_pairs_off_the_graph_have_no_attention(made):
     *_, trace = made
     there = set(zip(trace.row.tolist(), trace.col.tolist()))
@@ -286,6 +353,40 @@ def test_interval_of_one_seed_is_students():
     found = measures.interval(v)
     assert np.isclose(found["ci_low"], low) and np.isclose(found["ci_high"], high)
     assert np.isnan(measures.interval(np.ones((1, 1)))["ci_low"])
+
+
+# ---------------------------------------------------------------- claims
+
+
+def test_smallest_visible_difference_follows_the_noise_and_the_number():
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(5, 50))
+    assert np.isclose(claims.visible(3 * v), 3 * claims.visible(v)) and claims.visible(v) > claims.visible(np.tile(v, (1, 4))[:, :200] * 0.5)
+    assert np.isclose(claims.visible(v[:1]), smallest_visible(v[0].std(ddof=1), 50)), "one training: its minisets alone"
+    assert claims.visible(v + 4 * np.arange(5)[:, None]) > claims.visible(v), "trainings that differ hide more"
+
+
+def test_a_difference_is_there_if_its_whole_interval_is():
+    sure, unsure = np.full((3, 20), 0.1) + 0.01 * np.arange(20), np.tile([0.3, -0.2], (3, 10))
+    assert claims.above("a", "x", sure).outcome is True and claims.above("a", "x", unsure).outcome is False
+    assert claims.above("a", "x", sure, bound=0.5).outcome is False
+    assert "visible from" in claims.above("a", "x", unsure).rule and "screen, 2 seeds" in claims.above("a", "x", unsure[:2]).rule
+
+
+@given(st.floats(0, 40), st.floats(0, 5))
+def test_our_reading_is_never_kinder_than_the_log_s(mean, half):
+    c = [{"mean": mean, "ci_low": mean - half, "ci_high": mean + half}]
+    for line in claims.HEALTH:
+        log, ours = (v.outcome for v in claims.both_readings(line, c))
+        assert not (ours and not log)
+
+
+def test_a_line_looks_at_the_recycle_it_names():
+    c = lambda *means: [{"mean": m, "ci_low": m - 0.01, "ci_high": m + 0.01} for m in means]
+    line = lambda recycle: claims.Line("a list", "recall", "recall30", recycle, 0.4)
+    outcomes = {r: claims.both_readings(line(r), c(0.3, 0.5, 0.6))[0].outcome for r in (0, -1, None)}
+    assert outcomes == {0: False, -1: True, None: False}
+    assert claims.both_readings(line(-1), c(0.3, np.nan))[1].outcome is None
 
 
 # ---------------------------------------------------------------- figures

@@ -11,11 +11,12 @@ from gears_nb.data.simulator import simulate
 from gears_nb.runs.cli import main
 from gears_nb.runs.diagnose_report import readiness_files
 from gears_nb.structure import experiments as lab
-from gears_nb.structure.readiness import LINES, MODEL, judge, readiness, rows_of
+from gears_nb.structure.readiness import LINES, LISTS, MODEL, Limit, judge, readiness, rows_of, size_measure, std_interval
 from gears_nb.structure.rungs import Ladder
 
 GOOD = {"variant": MODEL, "fold": "a", "seed": 0, "h_gate": 0.2, "t_edge": 0.15, "guess": 0.3, "gate_off": 0.3, "recall20": 0.97, "precision30": 0.8, "attention30": 0.6,
-        "logit_std": 4.0, "diverged": 0.0, **{f"{k}{s}": 1.0 for k in lab.HEALTH for s in ("", "_ok", "_true_ok")}}
+        "logit_std": 4.0, "diverged": 0.0, "attention30_least": 0.6, "logit_low": 4.0, "logit_high": 4.0, "rho_qk": 0.5, "rho_gate": 0.5, "aspect10_ok": 1.0, "pair05": 0.2, "pair_cv": 0.5,
+        "cv_edge": 0.5, "cv_edge_std": 0.02, "overlap20": 0.7, "best_epoch": 5, "fair_ok": 1.0, "clumping": 1.1, **{f"{k}{s}": 1.0 for k in lab.HEALTH for s in ("", "_ok", "_true_ok")}}
 
 
 def table(**changes):
@@ -50,6 +51,66 @@ def test_each_fault_is_found(line, changes):
     findings = judge(rows, embeddings())
     assert verdicts(findings)[line] == "FAIL" and findings[0].verdict == "NO GO" and line in findings[0].numbers["failed"]
     assert next(f for f in findings if f.key == line).advice == LINES[line].advice
+
+
+@pytest.mark.parametrize("changes, line, outcomes", [
+    ({"h_gate": 0.27}, "seeds", {"first": True, "second": True, "third": False}),
+    ({"aspect_ok": 0.9}, "aspect", {"first": True, "third": False}),
+    ({"aspect10_ok": 0.9}, "aspect", {"first": False, "third": True}),
+    ({"attention30_least": 0.3}, "attention", {"first": True, "second": True, "third": False}),
+    ({"attention30": 0.5}, "attention", {"first": True, "second": False, "third": True}),
+    ({"logit_high": 20.0}, "logits", {"first": True, "third": False}),
+    ({"diverged": 1.0}, "finite", {"second": False, "third": False}),
+    ({"best_epoch": 9}, "epoch", {"third": False}),
+    ({"pair05": 0.01}, "pair", {"second": False}), ({"pair_cv": 0.6}, "cv", {"second": False}), ({"rho_gate": 0.2}, "rho_gate", {"first": False}), ({"rho_qk": 0.3}, "rho_qk", {"first": False}),
+    ({"overlap20": 0.6}, "overlap", {"embedding": False})])
+def test_every_list_judges_by_its_own_thresholds(changes, line, outcomes):
+    """The same rows fail one list and pass another; the others of a line stand beside the one that decides."""
+    found = next(f for f in judge(table(**changes), embeddings()) if f.key == line)
+    assert {k: v["pass"] for k, v in found.numbers["lists"].items()} == outcomes
+    decides = LINES[line].decides or next(reversed(outcomes))
+    assert found.verdict == ("PASS" if outcomes[decides] else "FAIL") and found.numbers["pass"] == outcomes[decides]
+    assert all(f"{name.capitalize()} list" in found.summary for name in outcomes if name != decides)
+
+
+def test_the_third_list_decides():
+    """What only an earlier list asks for is told and counts in that list; it is no reason for NO GO."""
+    verdict, *lines = judge(table(pair_cv=0.6, rho_gate=0.1, attention30=0.5), embeddings(), np.random.default_rng(1).normal(size=(150, 8)))
+    assert verdict.verdict == "GO" and verdict.numbers["lists"]["first"]["failed"] == ["rho_gate"] and verdict.numbers["lists"]["second"]["failed"] == ["cv", "attention"]
+    assert {f.key: f.severity for f in lines if f.severity != "ok"} == {"cv": "note", "rho_gate": "note"} and "second 6 of 8" in verdict.summary
+    assert {name: c["tested"] for name, c in verdict.numbers["lists"].items()} == {"first": 9, "second": 8, "third": 10, "embedding": 4}
+
+
+def test_what_stands_in_says_so():
+    """Two figures of the third list are lost: the number of an earlier one is used for the verdict, and not counted as the third's."""
+    findings = judge(table(t_edge=-0.5, spread_ok=0.5), embeddings())
+    lost = {f.key: f for f in findings if f.key in ("gap", "spread")}
+    assert all(f.verdict == "FAIL" and "stands in" in f.summary and "third" not in f.numbers["lists"] for f in lost.values())
+    assert findings[0].verdict == "NO GO" and not set(lost) & set(findings[0].numbers["lists"]["third"]["failed"])
+
+
+def test_ten_seeds_are_held_to_more():
+    """The second list: 0.05 over five seeds, 0.04 over ten."""
+    many = pd.DataFrame([GOOD | {"fold": "a", "seed": s, "h_gate": 0.2 + 0.09 * (s % 2)} for s in range(10)])
+    of = lambda rows: next(f for f in judge(rows) if f.key == "seeds").numbers["lists"]
+    assert of(many)["second"]["threshold"] == "at most 0.04" and not of(many)["second"]["pass"] and of(many)["first"]["pass"]
+    assert of(many[many.seed < 6])["second"]["threshold"] == "at most 0.05"
+
+
+def test_candidates_with_and_without_training_again():
+    """The first list trains every size, the third keeps the model; each has rows of its own, and neither sees the other's."""
+    rows = pd.concat([table(), pd.DataFrame([GOOD | {"variant": "retrained k 60", "h_gate": 0.24}, {"variant": "longer", "fold": "a", "seed": 0, "best_epoch": 5.0}])], ignore_index=True)
+    lists = next(f for f in judge(rows) if f.key == "k").numbers["lists"]
+    assert lists["first"]["value"] == pytest.approx(0.04) and lists["third"]["value"] == pytest.approx(0.01) and all(v["pass"] for v in lists.values())
+    assert not size_measure(rows[rows.variant == MODEL], rows.iloc[:0]).values
+
+
+def test_limits():
+    """The limit itself passes unless it is strict, NaN never, and of several values the one with the least room counts."""
+    band, strict = Limit(2.0, 10.0), Limit(high=1.1, strict=True)
+    assert band.passes(2.0) and band.passes(10.0) and not band.passes(10.1) and not band.passes(float("nan")) and not strict.passes(1.1) and strict.passes(1.09)
+    assert band.worst([3, 9.5, 5]) == 9.5 and band.worst([3, 12, 1.5]) == 12 and np.isnan(band.worst([3, float("nan")])) and (band.threshold, Limit(low=0.3, strict=True).threshold) == ("2 to 10", "above 0.3")
+    assert std_interval(2.0, 5) == pytest.approx((1.1983, 5.7471), abs=1e-3) and np.isnan(std_interval(1.0, 1)).all() and set(LISTS) >= {n for line in LINES.values() for n in line.limits}
 
 
 def test_no_go_says_what_it_decides():
@@ -89,7 +150,7 @@ def test_a_run_that_blew_up_is_no_go():
 def test_what_was_not_measured_is_said():
     findings = judge(table().query("fold == 'a' and seed == 0 and variant == 'model'"))
     told = verdicts(findings)
-    assert {k for k, v in told.items() if v == "skipped"} == {"seeds", "folds", "k", "slides", "domain", "norms"}
+    assert {k for k, v in told.items() if v == "skipped"} == {"seeds", "epoch", "folds", "k", "slides", "domain", "norms"}
     assert all(f.numbers["pass"] is None for f in findings if f.severity == "skipped")
     with pytest.raises(InputError, match="model"):
         judge(table().query("variant != 'model'"))

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['MODELS', 'TERM_COLOURS', 'ANSWERS', 'Curve', 'Curves', 'draw_curve', 'recall_figure', 'terms_figure',
-           'alignment_figure', 'gate_figure', 'top_attended', 'focus_maps', 'aligned_layouts', 'progression']
+__all__ = ['MODELS', 'TERM_COLOURS', 'ANSWERS', 'Curve', 'Curves', 'FAMILY_COLOURS', 'draw_curve', 'legend_above', 'small_print',
+           'recall_figure', 'terms_figure', 'alignment_figure', 'carried_figure', 'gate_figure', 'top_attended',
+           'focus_maps', 'aligned_layouts', 'progression']
 
-# %% ../../nbs/attention/04_figures.ipynb #3b107876
+# %% ../../nbs/attention/04_figures.ipynb #814bc966
 MODELS = {"d7": "blue", "topo": "vermillion"}
 "Colour of a model."
 TERM_COLOURS = {"qk": "blue", "gate": "orange", "pair": "purple", "geo": "green", "total": "black", "H": "sky"}
@@ -50,7 +51,7 @@ def draw_curve(ax: Axes, curve: Curve, colour: str, line: str = "-", label: str 
     ax.fill_between(r, low, high, color=COLOURS[colour], alpha=0.15, lw=0)
 
 
-def _legend(fig: Figure, axes: Sequence[Axes], inches: float = 1.2) -> None:
+def legend_above(fig: Figure, axes: Sequence[Axes], inches: float = 1.2) -> None:
     "One legend for all panels, above them, each label once; an entry is about so many `inches` wide."
     entries: dict[str, Any] = {}
     for ax in axes:
@@ -59,11 +60,11 @@ def _legend(fig: Figure, axes: Sequence[Axes], inches: float = 1.2) -> None:
     fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=max(1, int(fig.get_figwidth() / inches)), frameon=False)
 
 
-def _small_print(fig: Figure, text: str) -> None:
+def small_print(fig: Figure, text: str) -> None:
     "`text` below the panels, wrapped to the width of the figure (about 24 characters per inch at this size)."
     fig.supxlabel(textwrap.fill(" ".join(text.split()), int(24 * fig.get_figwidth())), fontsize=5.5, x=0.01, ha="left", color="0.3")
 
-# %% ../../nbs/attention/04_figures.ipynb #4d71e99a
+# %% ../../nbs/attention/04_figures.ipynb #59a08b74
 def _baselines(ax: Axes, own: Mapping[str, Curve], k: int, model: str) -> None:
     "Level lines of even attention, distance in H, and the gate of `model`."
     for name, colour, line, label in (("uniform", "black", ":", "even over candidates"), ("H", "sky", "--", "distance in H alone"), ("gate", MODELS[model], "--", f"gate of {model} alone")):
@@ -90,11 +91,11 @@ def recall_figure(curves: Curves, heads: Mapping[str, Mapping[str, Mapping[str, 
         column[-1].set_xlabel("recycle")
     for ax, k in zip(axes[:, 0], ks):
         ax.set_ylabel(f"AttnRecall@{k}")
-    _legend(fig, axes.flat, 2.2)
-    _small_print(fig, note)
+    legend_above(fig, axes.flat, 2.2)
+    small_print(fig, note)
     return fig
 
-# %% ../../nbs/attention/04_figures.ipynb #434c0eb8
+# %% ../../nbs/attention/04_figures.ipynb #3b16b4ee
 def terms_figure(curves: Curves, note: str = "") -> Figure:
     "Scale of the terms, entropy, and rho(attention, term) per recycle (rows) for every data set and model (columns); names `scale/...`, `entropy`, `rho/...`."
     import matplotlib.pyplot as plt
@@ -115,11 +116,11 @@ def terms_figure(curves: Curves, note: str = "") -> Figure:
     axes[0, 0].set_ylim(bottom=0)
     for ax, label in zip(axes[:, 0], ("std within rows [logits]", "entropy / log(degree)", "rho(attention, term)")):
         ax.set_ylabel(label)
-    _legend(fig, axes.flat)
-    _small_print(fig, note)
+    legend_above(fig, axes.flat)
+    small_print(fig, note)
     return fig
 
-# %% ../../nbs/attention/04_figures.ipynb #e0faca28
+# %% ../../nbs/attention/04_figures.ipynb #1aa056f9
 def alignment_figure(curves: Curves, spread: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], note: str = "") -> Figure:
     """rho(score, |dE/dd|) per recycle for every family (rows), data set and model (columns), names `gradient/attention/local` and so on; below, box plots.
 
@@ -143,11 +144,35 @@ def alignment_figure(curves: Curves, spread: Mapping[str, Mapping[str, Mapping[s
         panels[0].set_title(f"{data}\n{model}")
     for ax, label in zip(axes[:, 0], (*(f"rho, {f} edges" for f in FAMILIES), "rho, last recycle")):
         ax.set_ylabel(label)
-    _legend(fig, axes.flat, 1.6)
-    _small_print(fig, note)
+    legend_above(fig, axes.flat, 1.6)
+    small_print(fig, note)
     return fig
 
-# %% ../../nbs/attention/04_figures.ipynb #e395efca
+# %% ../../nbs/attention/04_figures.ipynb #9339223a
+FAMILY_COLOURS = {"local": "blue", "landmark": "vermillion", "ring": "green"}
+"Colour of a family of pairs."
+
+
+def carried_figure(curves: Curves, note: str = "") -> Figure:
+    "Shares by family per recycle for every data set and model (columns): names `total/local`, `mass/local`, `pairs/local` and so on, and `stress/energy` with one more entry, for the first guess."
+    import matplotlib.pyplot as plt
+
+    columns = [(data, model, own) for data, by_model in curves.items() for model, own in by_model.items()]
+    fig, axes = plt.subplots(1, len(columns), figsize=(1.6 * max(len(columns), 3), 2.7), squeeze=False, sharey=True)
+    for ax, (data, model, own) in zip(axes[0], columns):
+        for family, colour in FAMILY_COLOURS.items():
+            draw_curve(ax, own[f"total/{family}"], colour, "-", f"{family}: of the gradient")
+            draw_curve(ax, own[f"mass/{family}"], colour, "--", f"{family}: of attention")
+            ax.axhline(_number(own[f"pairs/{family}"][0]["mean"]), color=COLOURS[colour], ls=":", lw=0.8, label=f"{family}: of the pairs")
+        first, last = (_number(own["stress/energy"][r]["mean"]) for r in (0, -1))
+        ax.set_title(f"{data}\n{model}\nstress: {first:.0%} to {last:.0%} of E", fontsize=7)
+        ax.set(ylim=(0, 1), xlabel="recycle", xticks=range(1, len(own["total/local"]) + 1))
+    axes[0, 0].set_ylabel("share")
+    legend_above(fig, axes.flat, 1.9)
+    small_print(fig, note)
+    return fig
+
+# %% ../../nbs/attention/04_figures.ipynb #38d5e4d2
 def _histogram(ax: Axes, own: Mapping[str, Any]) -> None:
     "Densities of gate logits of true and false neighbours; `own`: edges of bins, and shares per bin of each."
     for name, colour in (("false", "vermillion"), ("true", "blue")):
@@ -166,6 +191,7 @@ def gate_figure(quality: Mapping[str, Mapping[str, Mapping[str, Any]]], note: st
     fig, axes = plt.subplots(len(quality), len(models) + 3, figsize=(1.9 * (len(models) + 3), 1.9 * len(quality) + 0.5), squeeze=False)
     for row, (data, own) in zip(axes, quality.items()):
         pr, beta, steps = row[len(models):]
+        schooled = sorted({v for m in models for v in own[m]["steps"]}, key=float)
         for ax, m in zip(row, models):
             _histogram(ax, own[m])
             ax.set_title(f"{data}, {m}", fontsize=8)
@@ -174,18 +200,18 @@ def gate_figure(quality: Mapping[str, Mapping[str, Mapping[str, Any]]], note: st
             for sweep, name in ((beta, "beta"), (steps, "steps")):
                 x = sorted(own[m][name], key=float)
                 mean, low, high = ([_number(own[m][name][v][c]) for v in x] for c in ("mean", "ci_low", "ci_high"))
-                place = range(len(x)) if name == "steps" else [float(v) for v in x]
+                place = [schooled.index(v) for v in x] if name == "steps" else [float(v) for v in x]
                 sweep.plot(place, mean, "o-", ms=2.5, color=COLOURS[MODELS[m]])
                 sweep.fill_between(place, low, high, color=COLOURS[MODELS[m]], alpha=0.15, lw=0)
                 if name == "steps":
-                    sweep.set_xticks(place, x)
+                    sweep.set_xticks(range(len(schooled)), schooled)
         pr.plot(own["H"]["recall"], own["H"]["precision"], "--", color=COLOURS["sky"], label="distance in H")
         pr.axvline(own["reach"], color="0.6", lw=0.8, ls=":", label="largest recall of the candidates")
         pr.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02), title="dot: 30 per cell")
         beta.set(xlabel="beta in use (0: gate off)", ylabel="E_geo")
         steps.set(xlabel="steps of gate pretraining", ylabel="E_geo")
-    _legend(fig, axes.flat, 1.6)
-    _small_print(fig, note)
+    legend_above(fig, axes.flat, 1.6)
+    small_print(fig, note)
     return fig
 
 # %% ../../nbs/attention/04_figures.ipynb #9304e934
@@ -222,7 +248,7 @@ def _focus(ax: Axes, trace: AttentionTrace, Y: np.ndarray, near: np.ndarray, sco
     ax.set(xticks=[], yticks=[], frame_on=False)
     return drawn
 
-# %% ../../nbs/attention/04_figures.ipynb #72fe02a1
+# %% ../../nbs/attention/04_figures.ipynb #4054ebfa
 def focus_maps(trace: AttentionTrace, queries: Mapping[str, int], title: str = "", note: str = "") -> Figure:
     """Template (a): the query cells of one miniset, recycles in rows, heads and their mean in columns, on true places.
 
@@ -253,10 +279,10 @@ def focus_maps(trace: AttentionTrace, queries: Mapping[str, int], title: str = "
     scalebar_at.annotate(f"recycle {R}", (-0.05, 0.5), xycoords="axes fraction", rotation=90, va="center", ha="right")
     fig.colorbar(drawn, ax=axes, shrink=0.5, label="attention", aspect=40)
     fig.suptitle(f"{title}: " * bool(title) + ", ".join(f"{letter} {name}" for letter, (name, _) in letters.items()), fontsize=9)
-    _small_print(fig, note)
+    small_print(fig, note)
     return fig
 
-# %% ../../nbs/attention/04_figures.ipynb #c6272edf
+# %% ../../nbs/attention/04_figures.ipynb #6b07ec83
 def aligned_layouts(trace: AttentionTrace) -> tuple[np.ndarray, np.ndarray | None]:
     "Layouts `(R + 1, n, 2)` of a record turned onto the last one, and the true places `(n, 2)` turned onto it (None: unknown)."
     last = trace.x[-1].astype(np.float64)
@@ -291,5 +317,5 @@ def progression(traces: Mapping[str, tuple[AttentionTrace, int]], energies: Mapp
         for ax in row[len(named):]:
             ax.set_axis_off()
     fig.suptitle(title, fontsize=9)
-    _small_print(fig, note)
+    small_print(fig, note)
     return fig

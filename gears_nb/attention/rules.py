@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MINISETS', 'SHOWN', 'NEIGHBOURS', 'CROWD', 'TIE', 'RULES', 'FAMILIES', 'footnote', 'first_minisets',
-           'true_neighbours', 'to_quadrants', 'reach', 'gate_entropy', 'walk_entropy', 'query_cells', 'edge_families']
+           'true_neighbours', 'to_quadrants', 'reach', 'gate_entropy', 'walk_entropy', 'multiscale_degree',
+           'query_cells', 'edge_families']
 
-# %% ../../nbs/attention/02_rules.ipynb #57c8385e
+# %% ../../nbs/attention/02_rules.ipynb #25e2fa22
 MINISETS = 100    # minisets that aggregates are taken over
 SHOWN = 3         # minisets that are drawn
 NEIGHBOURS = 10   # true neighbours that are ringed, attended cells that are drawn
@@ -36,7 +37,7 @@ TIE = 1e-5        # differences below this (radii of the layout, nats) are ties
 RULES: dict[str, str] = {
     "minisets": "Minisets: the first ones of the evaluation, in the order in which they were drawn, by a seed that depends on nothing that was trained.",
     "queries": f"Query cells: nearest to the centroids of the four quadrants (principal axes of the true places); smallest and largest distance to the {CROWD}th nearest cell; "
-               "median entropy of the gate; highest entropy of the true walk.",
+               "median entropy of the gate; highest entropy of the true walk; most pairs in the multiscale graph of the stress.",
     "median": "Query cell: the one whose gate has the median entropy.",
     "distinct": "No cell serves twice; between equals the lower number wins.",
     "neighbours": f"True neighbours: the {NEIGHBOURS} nearest by true place.",
@@ -100,7 +101,15 @@ def walk_entropy(targets: GeoTargets) -> np.ndarray:
     T = targets.rw_transitions[1].double().numpy()
     return -(T * np.log(np.maximum(T, 1e-30))).sum(-1)
 
-# %% ../../nbs/attention/02_rules.ipynb #c66a2851
+# %% ../../nbs/attention/02_rules.ipynb #04f70499
+def multiscale_degree(targets: GeoTargets) -> np.ndarray:
+    "Pairs `(B, n)` of the stress targets that each cell takes part in; padded cells have none."
+    B, n = targets.mask.shape
+    ends = targets.multiscale_edges.flatten(1)
+    counted = torch.zeros(B, n, dtype=torch.long).scatter_add_(1, ends, targets.edge_mask.long().repeat_interleave(2, 1))
+    return counted.numpy()
+
+# %% ../../nbs/attention/02_rules.ipynb #84e9a424
 def _first_best(score: np.ndarray, taken: list[int]) -> int:
     "The lowest-numbered cell whose score is smallest (up to `TIE`) among those not taken."
     free = score.astype(np.float64).copy()
@@ -108,12 +117,13 @@ def _first_best(score: np.ndarray, taken: list[int]) -> int:
     return int(np.flatnonzero(free <= free.min() + TIE)[0])
 
 
-def query_cells(places: np.ndarray, gate: np.ndarray | None = None, walk: np.ndarray | None = None) -> dict[str, int]:
-    """The query cells of a miniset by the name of the rule that chose them, all different; fewer than eight if a quadrant is empty or entropies are not given.
+def query_cells(places: np.ndarray, gate: np.ndarray | None = None, walk: np.ndarray | None = None, degree: np.ndarray | None = None) -> dict[str, int]:
+    """The query cells of a miniset by the name of the rule that chose them, all different; fewer than nine if a quadrant is empty or something is not given.
 
-    `places` `(n, 2)`: true places in any unit; `gate`: `gate_entropy`; `walk`: `walk_entropy`, each `(n,)`. Raises `InputError` for fewer than 8 cells."""
-    if len(places) < 8:
-        raise InputError("query_cells", "places", f"{len(places)} cells", "draw minisets of at least 8 cells")
+    `places` `(n, 2)`: true places in any unit; `gate`: `gate_entropy`; `walk`: `walk_entropy`; `degree`: `multiscale_degree`, each `(n,)`. Raises `InputError` for fewer than 8 cells (9 with `degree`)."""
+    least = 8 + (degree is not None)
+    if len(places) < least:
+        raise InputError("query_cells", "places", f"{len(places)} cells", f"draw minisets of at least {least} cells")
     Y = canonical(places)
     near = reach(Y)
     scores = {**to_quadrants(Y), "densest": near, "sparsest": -near}
@@ -123,6 +133,8 @@ def query_cells(places: np.ndarray, gate: np.ndarray | None = None, walk: np.nda
         scores["median gate entropy"] = np.abs(rank - (len(gate) - 1) // 2)
     if walk is not None:
         scores["highest T_ref entropy"] = -walk
+    if degree is not None:
+        scores["highest degree"] = -degree
     chosen: dict[str, int] = {}
     for name, score in scores.items():
         chosen[name] = _first_best(score, list(chosen.values()))
