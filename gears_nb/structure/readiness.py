@@ -245,7 +245,7 @@ def energy_measures(rows: pd.DataFrame) -> dict[str, Measured]:
     return {"gap": Measured((gap,), detail=detail, bars=_bars("gap per fold", per_fold, "gap"), numbers=told),
             "energy": Measured((rows.h_gate.mean(),), bars=_bars("E_geo per fold", by_fold.h_gate.mean().to_dict(), "energy"))}
 
-# %% ../../nbs/structure/10_readiness.ipynb #0a932351
+# %% ../../nbs/structure/10_readiness.ipynb #dfe18bae
 def seed_measures(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Measured]:
     "What seeds agree on: `seeds`, and `epoch` from the rows of `table` that have a `best_epoch`."
     count, one = rows.seed.nunique(), Measured(why="One seed has no spread.")
@@ -256,8 +256,9 @@ def seed_measures(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Measured
         few = {"second": Limit(high=0.04, note="ten seeds")} if count >= 10 else {}
         out["seeds"] = Measured((std.max(),), detail=f"{count} seeds; 95% interval {low:.3f} to {high:.3f}.", bars=_bars("standard deviation over seeds", std.to_dict(), "seeds"),
                                 numbers={"interval": [low, high]}, limits=few)
-    watched = table[table.best_epoch.notna()] if "best_epoch" in table else table.iloc[:0]
-    stops = watched.groupby("fold", sort=False).best_epoch.agg(["min", "max", "count"])
+    if "best_epoch" not in table:
+        return out
+    stops = table[table.best_epoch.notna()].groupby("fold", sort=False).best_epoch.agg(["min", "max", "count"])
     if len(stops := stops[stops["count"] > 1]):
         detail = "; ".join(f"{fold}: best epochs from {int(r['min'])} to {int(r['max'])}, {int(r['count'])} seeds" for fold, r in stops.iterrows()) + "."
         out["epoch"] = Measured(tuple((stops["max"] - stops["min"]).astype(float)), detail=detail)
