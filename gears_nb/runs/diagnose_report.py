@@ -214,7 +214,7 @@ def diagnose_files(slides: Sequence[str | Path], cells: str | Path | None = None
 
 # %% ../../nbs/runs/09_diagnose_report.ipynb #rd000002
 _READY = """<p>Every threshold is measured on slides that took no part in training: each slide is the test slide once. <b>PASS</b> and <b>FAIL</b> are computed from the number and the
-threshold beside it; one failed line is a <b>NO GO</b>.</p>
+limits of the source's three lists beside it; a failed line of the deciding list is a <b>NO GO</b>.</p>
 <p><b>What NO GO decides.</b> It is the gate before other work is built on the model: no generator on top of it, no claim from its attention. It does <em>not</em> decide whether cells may be placed with it:
 layouts of a model with failed lines may still be better than those of the plain methods, which <code>gears evaluate</code> and the scores of a report tell. On real sections NO GO is ordinary.</p>
 <p><b>E_geo</b> is the energy of a layout against the true one, zero at the truth; its absolute size depends on how losses are
