@@ -177,7 +177,7 @@ def test_diagnostics_are_told_in_words():
             "stitching": {"patch_scale": [0.83356, 1.02208, 1.11981], "seconds": {"graph": 0.127}, "memory_estimate": 116440016},
             "solve": {"stress": 0.025141826080873543, "converged": True, "residuals": {"q50": 0.017704404708816963}, "reason": "converged"}, "config": {"structure": {"k_cand": 80}}}
     text = own_part(render_report("t", diagnostics={"t": told})).split("</head>")[1].split("<script")[0]
-    assert "<tr><td>ST1</td><td>707</td><td>700</td><td>7 (&lt;g1&gt;, g2, …)</td></tr>" in text and "<th>structure.k_cand</th>" in text
+    assert "<tr><td>ST1</td><td>707</td><td>700</td><td>7 (&lt;g1&gt;, g2, …)</td></tr>" in text and "<th scope=row>structure.k_cand</th>" in text
     words, settings = text.split("<h2>Settings</h2>")
     raw = re.findall(r"[{}\[\]]|\b[a-z]\w*_\w+\b|\.\d*[1-9]\d{4}|\bTrue\b|\bNone\b", words)
     assert not raw, "raw Python on the page"
