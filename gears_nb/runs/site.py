@@ -205,7 +205,7 @@ def card(shown: Exhibit, image: str, link: str) -> str:
             f"<pre><code>{shown.command}</code></pre>"
             f'<p class="facts">{verdict_words(shown.verdicts)} · {shown.date} {mark}</p></article>')
 
-# %% ../../nbs/runs/16_site.ipynb #95cdec69
+# %% ../../nbs/runs/16_site.ipynb #d539a5e9
 def gallery_page(folder: Path, shown: Sequence[Exhibit]) -> str:
     """Markdown of the gallery, whose thumbnails are written below `folder`; addresses are relative to `folder`."""
     root, chapters = repo_root(), {}
@@ -217,8 +217,8 @@ def gallery_page(folder: Path, shown: Sequence[Exhibit]) -> str:
     yes, no, _ = (sum(e.verdicts[i] for e in shown) for i in range(3))
     old = sum(e.stale is not None for e in shown)
     text = ["---", "hide: [navigation]", "---", "# Gallery", "", "> Every experiment on file, and the one command that measures it again", "",
-            f"{len(shown)} experiments; of their claims {yes} hold and {no} do not. A rule stands before the run and can come out either way, so a claim that does not hold is a "
-            "result like another. " + (f"{old} are *stale*: their code changed after they were measured. " if old else "")
+            f"Of the claims of {len(shown)} experiments {yes} hold and {no} do not. A rule stands before the run and can come out either way, so a claim that does not hold is a "
+            "result like another. " + (f"Marked *stale* ({old}): the code changed after it was measured. " if old else "")
             + "`--profile smoke` takes seconds and shows that an experiment runs; `toy` replaces its files in `figures/`. Real data are looked for where `GEARS_DATA` points.", ""]
     for name, cards in chapters.items():
         title, line = CHAPTERS.get(name, (name, ""))
@@ -249,7 +249,7 @@ def chapter_page(name: str, books: Sequence[Notebook], modules: Mapping[str, str
         rows.append(f"| [{name_}]({book.path.name})<br><small>{inline(book.subtitle).replace('|', '&#124;')}</small> | {reference} | {seen} |")
     return "\n".join([f"# {title}", "", f"> {line[:1].upper() + line[1:]}", "", "| notebook | module | result |", "|---|---|---|", *rows, ""])
 
-# %% ../../nbs/runs/16_site.ipynb #1bbc8ce7
+# %% ../../nbs/runs/16_site.ipynb #3757f3c7
 def public_names(source: str) -> tuple[list[str], str]:
     """What a module's text shows: the names of `__all__` that are defined in it and those added to classes by `@patch`, and the first line of its docstring."""
     tree = ast.parse(source)
@@ -263,7 +263,7 @@ def public_names(source: str) -> tuple[list[str], str]:
                 patched.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            defined |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+            defined |= {target.id for target in targets if isinstance(target, ast.Name)}  # griffe knows no other targets
     names = [name for name in listed if name in defined] + [name for name in dict.fromkeys(patched) if name not in listed]
     return names, (ast.get_docstring(tree) or "").partition("\n")[0]
 
@@ -408,11 +408,11 @@ def stage_reference(folder: Path, modules: Mapping[str, str], books: Mapping[str
         target.write_text(reference_page(module, book, *lines[module]), encoding="utf-8")
     (folder / "api/index.md").write_text(reference_index(lines), encoding="utf-8")
 
-# %% ../../nbs/runs/16_site.ipynb #a95a334f
+# %% ../../nbs/runs/16_site.ipynb #563e9c4a
 def stage_site(folder: Path, only: Sequence[str] | None = None) -> int:
     """Lay out what MkDocs reads below `folder` (emptied first) and return the number of notebooks.
 
-    `only`: keys of the notebooks to show (`geometry/gauge`); everything that leads to others is then left out too, for a small site that a test can build."""
+    `only`: keys of the notebooks to show (`geometry/gauge`), for a small site that a test can build; links to the others are dead then."""
     root = repo_root()
     books = [b for b in catalogue() if b.path != root / "nbs/index.ipynb" and (only is None or b.key in only)]
     by_key = {b.key: b for b in books}
@@ -487,7 +487,7 @@ def light_page(html: str, up: str) -> str:
     body = body.replace('<div class="jp-Cell jp-CodeCell', '<div data-search-exclude class="jp-Cell jp-CodeCell')
     return head + wrapper + body
 
-# %% ../../nbs/runs/16_site.ipynb #6ef2d9c5
+# %% ../../nbs/runs/16_site.ipynb #086e64e7
 def on_config(config: Any) -> Any:
     """Hook of MkDocs: the navigation of what was laid out, unless one is given."""
     config.nav = config.nav or site_nav(Path(config.docs_dir))
@@ -506,13 +506,14 @@ def on_post_build(config: Any) -> None:
 
 
 def build_site(docs: Path, out: Path) -> None:
-    """Pages below `out` of what was laid out in `docs`."""
+    """Pages below `out` of what was laid out in `docs`, as `mkdocs build` makes them from `_proc`."""
     import logging
 
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
     logging.getLogger("mkdocs").setLevel(logging.ERROR)
     config = load_config(str(repo_root() / "mkdocs.yml"), docs_dir=str(docs), site_dir=str(out))
+    config.plugins["mkdocs-jupyter"].config["cache"] = False  # or the pages of the whole site, which are kept for the next `make docs`, would be dropped
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
 

@@ -1,0 +1,150 @@
+"""The website: a small one is laid out, built and looked at, as text and in Chromium; `make docs-check` does the same with all of it."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gears_nb.attention.browser import why_no_browser
+from gears_nb.core.errors import InputError
+from gears_nb.core.machine import repo_root
+from gears_nb.lab.results import load_results
+from gears_nb.lab.runner import find
+from gears_nb.runs.site import HEAVY, build_site, exhibits, foreign_table, refusal_table, site_nav, stage_site
+from gears_nb.runs.site_check import check_browser, check_text, main, read_page
+
+ROOT = repo_root()
+ONLY = ("geometry/gauge", "models/contract", "generators/small_vae", "encoder/h1")
+for package in ("latex2mathml", "mkdocs", "mkdocs_jupyter", "mkdocstrings"):
+    pytest.importorskip(package, reason="pip install 'gears_nb[docs]'")
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    """The sources of a site with four notebooks."""
+    folder = tmp_path_factory.mktemp("site") / "docs"
+    assert stage_site(folder, ONLY) == len(ONLY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(docs):
+    """Its pages."""
+    build_site(docs, docs.with_name("out"))
+    return docs.with_name("out")
+
+
+def text_of(path):
+    return "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+
+
+def test_formulas_need_no_script(docs):
+    """Each formula of the notebooks is MathML in the sources of the site, and none is left as LaTeX."""
+    for key in ONLY:
+        path = find(key).path
+        before, after = text_of(path), text_of(docs / path.relative_to(ROOT))
+        assert ("$" in before) == ("<math" in after) and not re.search(r"\\(mathbb|sum|frac|mathcal)", after)
+
+
+def test_every_result_is_on_show_with_a_command_that_runs():
+    shown = exhibits()
+    records = load_results()
+    assert {e.key for e in shown} == {key for key, record in records.items() if record.get("notebook")}
+    for e in shown:
+        name = e.command.split()[2]
+        assert find(name).path == e.book.path
+        outcomes = list(records[e.key]["verdicts"].values())
+        assert e.verdicts[0] == sum(v is True for v in outcomes) and sum(e.verdicts) == len(outcomes)
+    first = [e.book.chapter for e in shown]
+    assert [c for i, c in enumerate(first) if i == 0 or first[i - 1] != c] == list(dict.fromkeys(first)), "a chapter is torn apart"
+
+
+def test_a_stale_result_is_marked(tmp_path, docs):
+    folder = tmp_path / "figures/encoder/h1"
+    shutil.copytree(ROOT / "figures/encoder/h1", folder)
+    record = json.loads((folder / "results.json").read_text())
+    record["notebook"]["digest"] = "0"
+    (folder / "results.json").write_text(json.dumps(record))
+    (one,) = exhibits(tmp_path / "figures")
+    assert one.stale and "changed since" in one.stale and one.key == "encoder/h1"
+
+
+def test_pictures_of_the_gallery_are_light(docs):
+    page = (docs / "gallery.md").read_text(encoding="utf-8")
+    images = re.findall(r'<img loading="lazy" src="([^"]+)"', page)
+    assert len(images) == 1 and all((docs / src).stat().st_size < HEAVY for src in images)
+    heavy = [e.key for e in exhibits() if e.picture.suffix == ".svg" and e.picture.stat().st_size > 2 * HEAVY]
+    assert heavy == [], "give these a preview.png"
+
+
+def test_guides_quote_what_the_code_says(docs):
+    page = (docs / "nbs/site/slides.md").read_text(encoding="utf-8")
+    assert refusal_table() in page and foreign_table() in page and "<!--" not in page
+    assert "Remedy: give raw counts, not z-scores" in page and "`.loom`" in page
+
+
+def test_every_page_is_in_the_navigation(docs):
+    def leaves(node):
+        for entry in node:
+            inside = next(iter(entry.values())) if isinstance(entry, dict) else entry
+            yield from leaves(inside) if isinstance(inside, list) else [inside]
+    listed = list(leaves(site_nav(docs)))
+    pages = {p.relative_to(docs).as_posix() for p in docs.rglob("*") if p.suffix in (".md", ".ipynb") and "figures" not in p.parts}
+    assert set(listed) == pages and len(listed) == len(pages)
+
+
+def lead_out(fault):
+    """Whether a dead link leads to a notebook or module that is there, but not part of the small site."""
+    page, address = re.fullmatch(r"(\S+): (\S+) leads nowhere", fault).groups()
+    place = (ROOT / page).parent / address.partition("#")[0]
+    target = Path(*place.parts).resolve()
+    module = ROOT / "gears_nb" / target.relative_to(ROOT / "api") if target.is_relative_to(ROOT / "api") else target
+    return target.with_suffix(".ipynb").is_file() or module.with_suffix(".py").is_file()
+
+
+def test_no_dead_link_no_broken_picture_nothing_from_outside(site):
+    faults = [f for f in check_text(site) if not (f.endswith("leads nowhere") and lead_out(f))]
+    assert faults == []
+
+
+def test_pages_share_what_all_have(site):
+    page = (site / "nbs/geometry/01_gauge.html").read_text(encoding="utf-8")
+    assert "<math" in page and "mathjax" not in page.lower() and "mermaid" not in page.lower()
+    assert len(re.sub(r'src="data:[^"]*"', "", page)) < 200_000
+    assert sum(p.suffix == ".css" for p in (site / "assets").iterdir()) >= 3
+
+
+def test_search_knows_prose_and_reference_but_not_cells(site):
+    found = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    gauge = " ".join(d["text"] for d in found if d["location"].startswith("nbs/geometry/01_gauge.html"))
+    assert "plt.subplots" not in gauge and len(gauge) > 1000
+    assert any(d["location"] == "api/geometry/gauge.html#gears_nb.geometry.gauge.procrustes" for d in found)
+
+
+def test_reference_has_signatures_and_ways_to_other_pages(site):
+    page = (site / "api/generators/small_vae.html").read_text(encoding="utf-8")
+    assert "nbs/generators/01_small_vae.html" in page and "../models/contract.html#gears_nb.models.contract.GeometryModel" in page
+    assert 'id="gears_nb.generators.small_vae.losses"' in page, "what @patch adds to a class is missing"
+
+
+@pytest.mark.skipif(why_no_browser() is not None, reason=f"no browser: {why_no_browser()}")
+def test_in_a_browser_without_a_network(site):
+    """Front page, gallery, a notebook with formulas and a figure to turn, a page of the reference: nothing fails, and search finds a word, served or from the folder."""
+    pages = ["index.html", "gallery.html", "nbs/generators/01_small_vae.html"]
+    visits, faults = check_browser(site, pages, "procrustes", "procrustes")
+    assert faults == []
+    assert all(v.requests >= 3 and v.seconds > 0 for v in visits)
+
+
+def test_a_site_that_is_not_there(tmp_path, monkeypatch, capsys):
+    with pytest.raises(InputError, match="make docs"):
+        check_text(tmp_path)
+    monkeypatch.setattr("gears_nb.runs.site_check.repo_root", lambda: tmp_path)
+    assert main([]) == 2 and "make docs" in capsys.readouterr().err
+
+
+def test_the_check_bites(tmp_path):
+    (tmp_path / "a.html").write_text('<html lang="en"><title>a</title><h2 id="b">b</h2><a href="#b">1</a><a href="#c">2</a><a href="../../etc/passwd">3</a>')
+    assert check_text(tmp_path) == ["a.html: #c leads to no heading", "a.html: ../../etc/passwd leads nowhere"]
+    assert read_page("<img src=x alt='a > b'>").wordless == ()
