@@ -5,7 +5,7 @@
 # make export    the package from the notebooks; make export-check: is it what they export?
 # make readme    README.md and the pages of results from the numbers on file
 # make coverage  which lines the tests reach; ARGS="tests/test_core.py" for some of them
-# make docs      the notebooks as a website in _docs/
+# make docs      the notebooks as a website in _docs/; make docs-check: opened in a browser too
 # make clean     all that can be made again
 # Everything lives in .venv; a second call installs nothing.
 SHELL  := /bin/bash
@@ -21,7 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED  ?= 0
 
-.PHONY: help install demo test lab lint types coverage export export-check readme docs clean
+.PHONY: help install demo test lab lint types coverage export export-check readme docs docs-check clean
 
 help:
 	@grep -E '^# (make|Everything)' Makefile | sed 's/^# //'
@@ -75,12 +75,17 @@ export-check: $(STAMP)
 readme: $(STAMP)
 	@$(BIN)/python -m gears_nb.runs.readme
 
-# MkDocs is an extra of its own: it comes with the first call
+# MkDocs is an extra of its own: it comes with the first call. The pages end with a look at every link and picture
 docs: $(STAMP)
-	@$(BIN)/python -c 'import mkdocs, mkdocs_jupyter' 2>/dev/null \
+	@$(BIN)/python -c 'import latex2mathml, mkdocs_jupyter, mkdocstrings' 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@$(BIN)/python -m gears_nb.runs.readme --site
+	@$(BIN)/python -m gears_nb.runs.site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "_docs/index.html"
+	@$(BIN)/python -m gears_nb.runs.site_check $(CHECK)
+
+# the same, and the important pages in Chromium: failed requests, search, bytes, contrast
+docs-check: CHECK := --browser
+docs-check: docs
 
 clean:
 	rm -rf runs demo _proc _docs .gears build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage .cache
