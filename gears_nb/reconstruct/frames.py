@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['STEP', 'SIGMAS', 'STRAY', 'SCORED', 'REGIONS', 'DRAWS', 'WITHIN', 'SURE', 'FEWEST', 'Similarity', 'turn',
            'similarity_from', 'fit_pairs', 'robust_pairs', 'Poses', 'pose_scores', 'Told', 'decide', 'refine', 'Frame',
-           'check_told', 'find_frame', 'frame_from_landmarks', 'match_landmarks', 'check_map', 'align_to']
+           'hint', 'check_told', 'find_frame', 'frame_from_landmarks', 'match_landmarks', 'check_map', 'align_to']
 
 # %% ../../nbs/reconstruct/24_frames.ipynb #e93c71ec
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def refine(X: np.ndarray, Y: np.ndarray, lists: Alike, sure: np.ndarray, first: 
             break
     return found, residual
 
-# %% ../../nbs/reconstruct/24_frames.ipynb #67d4f016
+# %% ../../nbs/reconstruct/24_frames.ipynb #0dbf7701
 FEWEST = 20  # cells that a frame can rest on
 
 
@@ -248,13 +248,20 @@ class Frame:
         return self.similarity.to_dict() | {"residual": self.residual, "used": self.used, "by": "landmarks" if self.told is None else "expression"} | told
 
 
+def hint(name: str) -> str:
+    "How a reader gives `landmarks`, or says that nothing is `mirror`ed, in the language at hand."
+    if name == "landmarks":
+        return option("landmarks", "FILE.csv").replace("'FILE.csv'", "table")
+    return option("mirror", "no").replace("'no'", "False")
+
+
 def check_told(told: Told, source: str, mirror: bool | None = None) -> None:
     "Raise `InputError` if a pose is not told: which other fits as well, by how much it was beaten, and what would help."
     if told.support >= SURE:
         return
     what = f"{told.other} fits nearly as well (support {told.support:.2f} of {SURE} needed, margin {told.margin:.3f} nats a cell)"
     sided = told.other == "its mirror image" and mirror is None
-    raise InputError(source, "frame", what, "give three landmarks, " + option("landmarks", "FILE.csv") + (", or say which side is up, " + option("mirror", "no") if sided else ""))
+    raise InputError(source, "frame", what, f"give three landmarks, {hint('landmarks')}" + (f", or say that nothing was turned over, {hint('mirror')}" if sided else ""))
 
 
 def find_frame(X: np.ndarray, Y: np.ndarray, lists: Alike, sure: np.ndarray | None = None, *, mirror: bool | None = None, scale: float | None = None, seed: int = 0,
@@ -271,7 +278,8 @@ def find_frame(X: np.ndarray, Y: np.ndarray, lists: Alike, sure: np.ndarray | No
     along = fit_pairs(X, laid)
     some = np.sort(np_rng(seed, "frames", "scored").permutation(len(rows))[:SCORED])
     size = None if scale is None else scale / along.scale
-    poses = pose_scores(laid[some], Y, lists.rows(some), sure[some], size, mirror)
+    side = None if mirror is None else mirror != along.mirrored  # laid along its axes the map may have changed sides
+    poses = pose_scores(laid[some], Y, lists.rows(some), sure[some], size, side)
     told = decide(laid[some], poses, seed)
     if check:
         check_told(told, source, mirror)
@@ -281,7 +289,7 @@ def find_frame(X: np.ndarray, Y: np.ndarray, lists: Alike, sure: np.ndarray | No
     fine, residual = refine(laid, Y, lists, sure, first, free=scale is None)
     return Frame(along.then(fine), residual, len(rows), told)
 
-# %% ../../nbs/reconstruct/24_frames.ipynb #97838c19
+# %% ../../nbs/reconstruct/24_frames.ipynb #8f4e0b53
 def frame_from_landmarks(X: np.ndarray, Y: np.ndarray, *, mirror: bool | None = None, scale: float | None = None, source: str = "landmarks") -> Frame:
     """The frame in which the map places `X` (r, 2) of landmarks come to their known places `Y` (r, 2).
 
@@ -299,7 +307,7 @@ def frame_from_landmarks(X: np.ndarray, Y: np.ndarray, *, mirror: bool | None = 
     if mirror is None:
         against = float(np.sqrt(np.median(np.square(robust_pairs(X, Y, mirror=not found.mirrored, scale=scale)[1]))))
         if residual > 0.8 * against:
-            raise InputError(source, "landmarks", f"the mirror image fits nearly as well (median distance {residual:.3g} and {against:.3g})", "name more landmarks, or say " + option("mirror", "no"))
+            raise InputError(source, "landmarks", f"the mirror image fits nearly as well (median distance {residual:.3g} and {against:.3g})", f"name more landmarks, or say {hint('mirror')}")
     return Frame(found, residual, len(X))
 
 # %% ../../nbs/reconstruct/24_frames.ipynb #01f1800f

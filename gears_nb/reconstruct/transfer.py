@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['LENGTHS', 'ASKED', 'LITTLE', 'COLUMNS', 'MOST', 'turns', 'Rehearsed', 'rehearse', 'line_through', 'pattern_skill',
            'pick_lists', 'GeneTable', 'judge_genes', 'LabelTable', 'bent', 'unsureness', 'calibration_error',
-           'judge_labels', 'label_column', 'gene_values', 'one_hot', 'near', 'transfer']
+           'judge_labels', 'label_column', 'gene_values', 'one_hot', 'near', 'transfer', 'foretold']
 
 # %% ../../nbs/reconstruct/23_transfer.ipynb #b4029e90
 LENGTHS, ASKED = (5, 10, 20, 40), 2000  # lists that are tried; rows of a turn that are asked, at most
@@ -307,21 +307,18 @@ def _add_labels(out: AnnData, column: str, asked: _Asked) -> dict[str, Any]:
     out.obsm[f"gears_{column}"] = pd.DataFrame(chances, index=out.obs_names, columns=labels)
     return how | {"mixed": judged.mixed, "power": judged.power, "overall": judged.overall, "labels": json.loads(judged.table.to_json(orient="index"))}
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #2d7f77f2
+# %% ../../nbs/reconstruct/23_transfer.ipynb #c4fd956d
 def _add_genes(out: AnnData, genes: Sequence[str], asked: _Asked) -> dict[str, Any]:
     "Write what is foretold of `genes` into `out`, and return the record; `measured`: the correlation with the target's own counts of a gene that it has."
-    import pandas as pd
-
     values = gene_values(asked.tables, asked.names, genes)
     tried, lists, how = asked.pick(values)
     judged = judge_genes(tried, values, genes, how["list"])
-    frame = lambda numbers: pd.DataFrame(numbers, index=out.obs_names, columns=list(genes))
     mean = lists.mean(values)
-    out.obsm["gears_genes"], out.obsm["gears_genes_spread"] = frame(mean), frame(judged.spread(lists.spread(values)))
+    out.obsm["gears_genes"], out.obsm["gears_genes_spread"] = mean, judged.spread(lists.spread(values))  # plain arrays: a file takes long to write thousands of columns
     own = [g for g in genes if g in out.var_names] if out.var_names.is_unique and out.X is not None else []
     if own and lists.known.sum() > 2:
         seen = np.asarray(gene_values([out], ["target"], own)[lists.known].todense())
-        judged.table.loc[own, "measured"] = pattern_skill(seen, frame(mean)[own].to_numpy()[lists.known], np.zeros(len(seen)))[1]
+        judged.table.loc[own, "measured"] = pattern_skill(seen, mean[:, [list(genes).index(g) for g in own]][lists.known], np.zeros(len(seen)))[1]
     return how | {"genes": json.loads(judged.table.to_json(orient="index"))}
 
 # %% ../../nbs/reconstruct/23_transfer.ipynb #43473872
@@ -378,3 +375,14 @@ def transfer(sources: Sequence[AnnData], target: AnnData, *, labels: Sequence[st
     record["genes"] = _add_genes(out, list(genes), asked) if genes else {}
     out.uns["gears_transfer"] = json.dumps(record)
     return out
+
+# %% ../../nbs/reconstruct/23_transfer.ipynb #89ab5a7b
+def foretold(table: AnnData, part: str = "gears_genes", told: bool = False) -> pd.DataFrame:
+    "`obsm[part]` (`gears_genes` or `gears_genes_spread`) of a result of `transfer` with names; `told`: only genes that the rehearsal vouches for. Raises `InputError` where there is nothing."
+    import pandas as pd
+
+    if part not in table.obsm or "gears_transfer" not in table.uns:
+        raise InputError("foretold", f"obsm['{part}']", "is missing", "give the result of transfer with genes")
+    rows = json.loads(table.uns["gears_transfer"])["genes"]["genes"]
+    frame = pd.DataFrame(np.asarray(table.obsm[part]), index=table.obs_names, columns=list(rows))
+    return frame[[gene for gene, row in rows.items() if row["told"]]] if told else frame
