@@ -115,12 +115,12 @@ def files_html(files: Sequence[Mapping[str, str]], figure: bool = True) -> str:
     figures = "<button type=button data-figure=svg>figure (SVG)</button><button type=button data-figure=png>figure (PNG)</button><button type=button data-selected disabled>selected (CSV)</button>" if figure else ""
     return f"<div class='controls downloads' role=group aria-label=downloads><span class=soft>save</span>{buttons}{figures}</div>" if buttons or figures else ""
 
-# %% ../../nbs/attention/14_maps.ipynb #1d489426
+# %% ../../nbs/attention/14_maps.ipynb #d8c64b38
 STYLE = """
 .controls { display:flex; gap:.5rem 1rem; flex-wrap:wrap; align-items:center; margin:.5rem 0 } .controls button, .legend button { cursor:pointer } [hidden] { display:none !important }
 .controls select { max-width:min(60vw, 16rem) } :is(button, select, input, .map, summary):focus-visible { outline:2px solid var(--accent); outline-offset:2px } button:disabled { opacity:.5; cursor:default }
 .maps { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap:.8rem }
-.map { height:460px; min-width:0; overflow:hidden; background:var(--card); border:1px solid var(--line); border-radius:8px } .chart { height:300px; min-width:0 }
+.map { position:relative; height:460px; min-width:0; overflow:hidden; background:var(--card); border:1px solid var(--line); border-radius:8px } .map > canvas { position:absolute; inset:0; width:100%; height:100%; pointer-events:none } .chart { height:300px; min-width:0 }
 .legend { display:flex; flex-wrap:wrap; gap:.2rem .5rem; margin:.5rem 0; font-size:13px; align-items:center; min-height:1.8em } .legend:empty { display:none } .legend svg { width:.9em; height:.9em; margin-right:.4em; vertical-align:-.1em }
 .legend button { font-size:13px; background:none; border-color:transparent; padding:.1rem .4rem; text-align:left } .legend button:hover, .legend button[aria-pressed=true] { border-color:var(--accent) }
 .legend .bar { width:min(16rem, 40vw); height:.8em; border-radius:4px } dialog { background:var(--paper); color:var(--ink); border:1px solid var(--line); border-radius:10px; max-width:30rem }
@@ -174,7 +174,7 @@ function mixed(group) {
 }
 """
 
-# %% ../../nbs/attention/14_maps.ipynb #35b9f88d
+# %% ../../nbs/attention/14_maps.ipynb #e6368ede
 _SCRIPT_DRAW = """
 function paint(c, group) {
   const n = view().names[group].length, none = css('--faint');
@@ -214,8 +214,20 @@ function draw() {
   legend(c);
   if (c.kind === 'rgb' || c.kind === 'place') $('notes').textContent += ' Colour tells where a cell ' + (t.maps.length > 1 && t.maps[0].group === 0 ? 'is in the first map.' : 'was put.');
   tell();
-  return Promise.all(done).then(() => requestAnimationFrame(() => { document.documentElement.dataset.painted ??= Math.round(performance.now()); }));
+  return Promise.all(done).then(() => { document.querySelectorAll('.map > canvas').forEach(c => c.remove()); document.documentElement.dataset.answers ??= Math.round(performance.now()); });
 }
+function sketch() {
+  const t = view(), c = t.colours[state.colour], ratio = globalThis.devicePixelRatio || 1;
+  t.maps.forEach((m, j) => {
+    const div = $('map' + j), w = div.clientWidth, h = div.clientHeight, canvas = Object.assign(document.createElement('canvas'), {width:w * ratio, height:h * ratio}), g = canvas.getContext('2d');
+    const x = list(m.x), y = list(m.y), [x0, x1] = frame('x').range || span(x), [y0, y1] = frame('y').range || span(y), k = Math.min((w - 20) / (x1 - x0 || 1), (h - 44) / (y1 - y0 || 1)) / 1.06, r = size(x.length), look = paint(c, m.group).colour;
+    g.scale(ratio, ratio);
+    for (let i = 0; i < x.length; i++) if (known(x[i]) && known(y[i])) { g.fillStyle = look[i]; g.fillRect(w / 2 + k * (x[i] - (x0 + x1) / 2) - r / 2, 34 + (h - 44) / 2 - k * (y[i] - (y0 + y1) / 2) - r / 2, r, r); }
+    canvas.setAttribute('aria-hidden', 'true');
+    div.append(canvas);
+  });
+}
+const shown = () => new Promise(go => { requestAnimationFrame(() => setTimeout(go)); setTimeout(go, 200); });
 """
 
 # %% ../../nbs/attention/14_maps.ipynb #34a3dbab
@@ -301,14 +313,17 @@ function saveSelected() {
 }
 """
 
-# %% ../../nbs/attention/14_maps.ipynb #11f53cca
+# %% ../../nbs/attention/14_maps.ipynb #7474e3a1
 _SCRIPT_WIRES = """
 function fill(select, names) { select.replaceChildren(...names.map((n, i) => new Option(n, i))); }
+function frames() {
+  const t = view();
+  $('maps').replaceChildren(...t.maps.map((m, j) => { const d = document.createElement('div'); Object.assign(d, {id:'map' + j, className:'map', tabIndex:0}); d.setAttribute('role', 'group'); return d; }));
+  fill($('colour'), t.colours.map(c => c.name)); state.colour = 0; state.chosen = {};
+}
 function build() {
   const t = view();
-  document.querySelectorAll('.map').forEach(d => Plotly.purge(d));
-  $('maps').replaceChildren(...t.maps.map((m, j) => { const d = document.createElement('div'); Object.assign(d, {id:'map' + j, className:'map', tabIndex:0}); d.setAttribute('role', 'group'); return d; }));
-  fill($('colour'), t.colours.map(c => c.name)); state.colour = 0; state.chosen = {}; draw();
+  draw();
   t.maps.forEach((m, j) => {
     $('map' + j).on('plotly_selected', e => { if (e) choose({[m.group]:e.points.map(p => p.pointIndex)}); });
     $('map' + j).on('plotly_deselect', () => choose({}));
@@ -326,8 +341,15 @@ function zoom(factor) {
 const PRESSED = {ArrowRight:() => setColour(state.colour + 1), ArrowLeft:() => setColour(state.colour - 1), '+':() => zoom(1.3), '=':() => zoom(1.3), '-':() => zoom(1 / 1.3), '0':() => zoom(0), Escape:() => choose({}),
   p:() => { const all = [...$('palette').options].map(o => o.value); setPalette(all[(all.indexOf(state.palette) + 1) % all.length]); }, s:() => $('shapes').click(), '?':() => $('help').showModal()};
 if (D.tissues.length) {
+  frames();
+  sketch();
+  await shown();
+  document.documentElement.dataset.painted = Math.round(performance.now());
+}
+document.head.append(Object.assign(document.createElement('script'), {textContent:D.plotly}));
+if (D.tissues.length) {
   fill($('tissue'), D.tissues.map(t => t.name));
-  $('tissue').onchange = e => { state.tissue = +e.target.value; build(); };
+  $('tissue').onchange = e => { document.querySelectorAll('.map').forEach(d => Plotly.purge(d)); state.tissue = +e.target.value; frames(); build(); };
   $('colour').onchange = e => setColour(+e.target.value);
   $('palette').onchange = e => setPalette(e.target.value);
   $('shapes').onchange = e => { state.shapes = e.target.checked; draw(); };
@@ -345,9 +367,9 @@ document.querySelectorAll('[data-selected]').forEach(b => { b.onclick = saveSele
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { if (D.tissues.length) draw(); });
 """
 SCRIPT = _SCRIPT_COLOURS + _SCRIPT_DRAW + _SCRIPT_LEGEND + _SCRIPT_SAVE + _SCRIPT_WIRES
-"JavaScript module of maps; it needs the elements of `maps_html`, the data of `maps_data` and Plotly."
+"JavaScript module of maps; it needs the elements of `maps_html` and the data of `maps_data`, which bring Plotly along."
 
-# %% ../../nbs/attention/14_maps.ipynb #b36c3519
+# %% ../../nbs/attention/14_maps.ipynb #025d95c8
 def _check(v: MapView) -> None:
     """`InputError` for a view whose lengths do not fit."""
     for m in v.maps:
@@ -362,9 +384,9 @@ def _check(v: MapView) -> None:
 
 
 def maps_data(views: Sequence[MapView | Any], files: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
-    """What `SCRIPT` needs: views, colours and the texts to save. Views are `MapView`, or anything with its fields (a report's may have no map)."""
+    """What `SCRIPT` needs: views, colours, the texts to save, and Plotly, which it runs when the first points stand. Views are `MapView`, or anything with its fields (a report's may have no map)."""
     told = [{"name": v.name, "maps": v.maps, "names": v.names, "colours": v.colours, "notes": v.notes, "unit": getattr(v, "unit", "cells"), "shared": getattr(v, "shared", False)} for v in views]
-    return {"tissues": told, "levels": LEVELS, "corners": CORNERS, "ramps": ramps(), "files": list(files)}
+    return {"tissues": told, "levels": LEVELS, "corners": CORNERS, "ramps": ramps(), "files": list(files), "plotly": plotly_source()}
 
 
 def maps_page(title: str, views: Sequence[MapView], *, subtitle: str = "", about: str = "", files: Sequence[Mapping[str, str]] = (), footer: str = "") -> str:
@@ -375,7 +397,7 @@ def maps_page(title: str, views: Sequence[MapView], *, subtitle: str = "", about
         _check(v)
     body = f"<h1>{html.escape(title)}</h1><p class=soft>{html.escape(subtitle)}</p>{maps_html(views)}{files_html(files)}{about}"
     ready = "document.documentElement.dataset.ready = 'yes';"
-    return page(title, body, style=STYLE, data=maps_data(views, files), scripts=[SCRIPT + ready], libraries=[plotly_source()], footer=footer)
+    return page(title, body, style=STYLE, data=maps_data(views, files), scripts=[SCRIPT + ready], footer=footer)
 
 
 def write_maps(path: str | Path, title: str, views: Sequence[MapView], **parts: Any) -> Path:
@@ -388,9 +410,9 @@ def write_maps(path: str | Path, title: str, views: Sequence[MapView], **parts: 
         Path(tmp).write_text(text, encoding="utf-8")
     return path
 
-# %% ../../nbs/attention/14_maps.ipynb #25499a3a
+# %% ../../nbs/attention/14_maps.ipynb #ccc9358f
 def first_paint(path: str | Path, width: int = 1200) -> dict[str, Any]:
-    """Open a page of maps in Chromium without a window: `milliseconds` from navigation to the first painted map, `drawn` (the kind of every trace) and `points` (of every map).
+    """Open a page of maps in Chromium without a window: `milliseconds` from navigation to the first points, `answers` to maps that can be used, `drawn` (the kind of every trace) and `points` (of every map).
 
     Raises `InputError` where there is no browser."""
     from gears_nb.attention.browser import chromium
@@ -398,6 +420,7 @@ def first_paint(path: str | Path, width: int = 1200) -> dict[str, Any]:
         tab = browser.new_page(viewport={"width": width, "height": 900}, offline=True)
         tab.set_default_timeout(120_000)
         tab.goto(Path(path).resolve().as_uri())
-        tab.wait_for_function("document.documentElement.dataset.painted")
+        tab.wait_for_function("() => document.documentElement.dataset.answers")
         drawn = tab.evaluate("[...document.querySelectorAll('.map')].map(d => [d.data[0].type, d.data[0].x.length])")
-        return {"milliseconds": int(tab.evaluate("+document.documentElement.dataset.painted")), "drawn": [kind for kind, _ in drawn], "points": [n for _, n in drawn]}
+        painted, answers = tab.evaluate("[+document.documentElement.dataset.painted, +document.documentElement.dataset.answers]")
+        return {"milliseconds": painted, "answers": answers, "drawn": [kind for kind, _ in drawn], "points": [n for _, n in drawn]}
