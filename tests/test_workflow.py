@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,3 +113,181 @@ def test_six_jobs_killed_and_resumed_are_those_of_one_process(walks, toys, tmp_p
     same = lambda record: {key: value for key, value in record.items() if key not in ("seconds", "date")}
     assert same(records[name]) == same(alone)
     assert (walks / f"results/toys/{name}/figures/walk.svg").read_bytes() == (tmp_path / "alone/toys/walk/walk.svg").read_bytes()
+
+
+# what is refused ------------------------------------------------------------------------------------------------------
+
+def refused(out, *arguments, says):
+    before = sorted(out.rglob("*")) if out.exists() else None
+    with pytest.raises(InputError) as told:
+        command(*arguments, "--out", out)
+    for word in (says, "Remedy: "):
+        assert word in str(told.value) and "\n" not in str(told.value)
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["walks"], "perhaps walk was meant"),
+    (["walk", "-p", "sed=1"], "perhaps seed was meant"),
+    (["walk", "-p", "seed=x"], "of type str"),
+    (["walk", "-p", "seed"], "not of the form name=value"),
+    (["walk", "--profile", "tiny"], "tiny"),
+    (["walk", "--parts", "2"], "--parts: is an option of queries"),
+    ([], "nothing to do"),
+    (["--model", "m"], "no cells to place"),
+    (["walk", "--model", "m", "--cells", "q"], "both experiments and queries"),
+    (["--model", "m", "--cells", "q", "--parts", "0"], "give at least 1"),
+    (["--model", "m", "--cells", "q", "--seeds", "1"], "options of experiments"),
+    (["--model", "m", "--cells", "q"], "holds no saved Gears"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(toys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.setattr(runner, "repo_root", lambda: toys)
+    refused(tmp_path / "out", *arguments, says=says)
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "repo_root", lambda: toys)
+    (tmp_path / "mine.txt").touch()
+    refused(tmp_path, "walk", says="is not empty")
+    refused(tmp_path / "mine.txt", "walk", says="is a file")
+
+
+def test_without_snakemake_there_is_one_line(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "find_spec", lambda name: None if name == "snakemake" else True)
+    refused(tmp_path / "out", "walk", says="pip install 'gears_nb[workflow]'")
+
+
+def test_the_command_line_has_workflow(capsys):
+    """Through the front door: exit code 2 and one line."""
+    from gears_nb.runs.cli import build_parser, main
+    if "workflow" not in build_parser().format_help():
+        pytest.skip("not registered yet")
+    assert main(["workflow", "--out", "x"]) == 2 and "nothing to do" in capsys.readouterr().err
+
+
+# what is written ------------------------------------------------------------------------------------------------------
+
+def test_a_grid_is_a_job_each(toys, tmp_path, monkeypatch):
+    yaml = pytest.importorskip("yaml")
+    monkeypatch.setattr(runner, "repo_root", lambda: toys)
+    command("walk", "-p", "label=no,'a: b, #c'", "-p", "label=[1]", "--seeds", 3, 4, "--out", tmp_path / "w")
+    config = yaml.safe_load((tmp_path / "w/config.yaml").read_text())
+    assert list(config["jobs"]) == ["walk-labelno-seed3", "walk-labelno-seed4", "walk-labela_b_c-seed3", "walk-labela_b_c-seed4", "walk-label_1_-seed3", "walk-label_1_-seed4"]
+    job = config["jobs"]["walk-labela_b_c-seed4"]
+    assert job["options"] == ["--profile", "toy", "-p", "label=a: b, #c", "-p", "seed=4"]
+    assert job["title"] == "A walk" and (job["mem_mb"], job["minutes"]) == (8000, 60)
+    assert config["environment"]["OMP_NUM_THREADS"] == "1"
+    text = (tmp_path / "w/Snakefile").read_text()
+    assert text.startswith("# Written by `gears workflow`") and "snakemake --profile profiles/slurm" in text and "report(" in text
+    for profile in ("slurm", "default"):
+        assert yaml.safe_load((tmp_path / f"w/profiles/{profile}/config.yaml").read_text())["rerun-incomplete"] is True
+    assert yaml.safe_load((tmp_path / "w/profiles/slurm/config.yaml").read_text())["executor"] == "slurm"
+
+
+def test_every_text_of_a_user_is_quoted():
+    """In the shell lines, what comes from names and options stands with `:q` or within a quoted option."""
+    for text in (workflow.EXPERIMENTS, workflow.QUERIES + workflow.WHOLE, workflow.QUERIES + workflow.PARTS):
+        shell = [line for line in text.splitlines() if "{params." in line or "{input" in line or "{output" in line or "{log" in line]
+        shell = [line for line in shell if not line.strip().startswith(("output:", "log:", "input:"))]
+        loose = [word for line in shell for word in re.findall(r"\{((?:params|input|output|log|MODEL)[^}]*)\}", line) if not word.endswith(":q")]
+        assert not loose, loose
+
+
+# one query in parts ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A saved model of the smallest tissue, that of pages in reconstruct/ (trained once for all), and cells to place in two sections."""
+    from gears_nb.data.simulator import simulate
+    from gears_nb.reconstruct import facade
+    from gears_nb.reconstruct.settings import profile
+    home = tmp_path_factory.mktemp("trained")
+    *slides, cells = simulate("tiny", 0).slides
+    cells.obsm.pop("spatial")
+    small = {"progress": False, "structure.miniset": 48, "structure.guess_epochs": 6, "structure.epochs": 6}
+    with pytest.MonkeyPatch.context() as patch, facade.keep_training():
+        patch.setattr(facade, "cache_root", lambda: Path(os.environ.get("GEARS_TEST_TRAINED", home)))
+        gears = facade.Gears(profile("smoke", **small), model="plain").fit(slides, cells)
+    gears.save(home / "model")
+    cells.obs["slide"] = np.where(np.arange(cells.n_obs) % 3 == 0, "b", "a")
+    cells.X = cells.X.toarray()
+    cells.X[5] = 0  # a cell without counts
+    cells.write_h5ad(home / "q 1's.h5ad")
+    return home
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return ["--set", "patches.allow_islands=true", "patches.batch=2"]
+
+
+@pytest.mark.filterwarnings("ignore::gears_nb.core.errors.GearsWarning")
+def test_parts_give_the_file_of_one_process(trained, tmp_path, lenient):
+    """Plan, parts in any order, one lost and made again, merge: what `gears reconstruct` writes, bit for bit."""
+    from gears_nb.runs.files import reconstruct_files
+    cells, model, folder = str(trained / "q 1's.h5ad"), str(trained / "model"), tmp_path / "parts"
+    step = lambda name, *more: workflow.main([name, "--model", model, "--folder", str(folder), *map(str, more)])
+    reconstruct_files([], cells, tmp_path / "whole.h5ad", model_dir=model, overrides=lenient[1:], progress=False)
+    assert step("part", "--part", 0) == 2  # no plan yet
+    assert step("plan", "--cells", cells, "--parts", 3, *lenient) == 0
+    for part in (2, 0, 1):
+        assert step("part", "--part", part) == 0
+    (folder / "part-1.json").unlink()  # what Snakemake does to the output of a job that was killed
+    merge = lambda: step("merge", "--cells", cells, "--out", tmp_path / "merged.h5ad", "--report", tmp_path / "merged.html")
+    assert merge() == 2 and not (tmp_path / "merged.h5ad").exists()
+    assert step("part", "--part", 1) == 0 and merge() == 0
+    whole, merged = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("whole", "merged"))
+    assert np.array_equal(whole.obsm["X_gears"], merged.obsm["X_gears"], equal_nan=True) and np.isfinite(whole.obsm["X_gears"]).all(1).sum() == whole.n_obs - 1
+    assert whole.obs.equals(merged.obs) and list(whole.obs["gears_section"].unique()) == ["b", "a", ""]
+    assert (whole.obsp["gears_distances"] != merged.obsp["gears_distances"]).nnz == 0
+    assert whole.uns["gears"]["warnings"] == merged.uns["gears"]["warnings"] and "[\"" in whole.uns["gears"]["warnings"]
+    assert "<html" in (tmp_path / "merged.html").read_text()[:200]
+    line, = workflow.write_table(tmp_path / "table.csv", [tmp_path / "merged.h5ad"])
+    assert (line["cells"], line["placed"], line["notes"]) == (whole.n_obs, whole.n_obs - 1, "1 no counts")
+
+
+@pytest.mark.filterwarnings("ignore::gears_nb.core.errors.GearsWarning")
+@pytest.mark.parametrize("kind", ["layout-sde", "autoregressive"])
+def test_noise_comes_in_order(trained, tmp_path, kind):
+    """A model that draws: parts in the middle begin where the parts before them would have left the stream."""
+    from dataclasses import replace
+
+    from gears_nb.models.batches import Run
+    from gears_nb.models.catalogue import model_class
+    from gears_nb.reconstruct.facade import Gears
+    from gears_nb.reconstruct.parts import merge_parts, plan_parts, work_part
+    gears = Gears.load(trained / "model", {"patches.allow_islands": True, "patches.batch": 2})
+    cells = ad.read_h5ad(trained / "q 1's.h5ad")
+    members = [model_class(kind).build(gears.fitted.cloud.shape[1], Run(gears.config.structure, gears.config.targets)) for _ in range(2)]
+    gears._fitted = replace(gears.fitted, models=members)
+    assert members[0].stochastic
+    whole = gears.reconstruct(cells, slide_key="none")
+    plan_parts(gears, cells, tmp_path, 3, slide_key="none")
+    for part in (1, 2, 0):
+        work_part(gears, tmp_path, part)
+    assert np.array_equal(merge_parts(gears, cells, tmp_path, slide_key="none").obsm["X_gears"], whole.obsm["X_gears"], equal_nan=True)
+    record = json.loads((tmp_path / "part-1.json").read_text())
+    other = Gears(replace(gears.config, seed=1))
+    other._fitted = gears.fitted
+    with pytest.raises(InputError, match="settings: is not that of the plan"):
+        merge_parts(other, cells, tmp_path)
+    assert record["meta"]["joints"][0]["from"] != record["meta"]["joints"][0]["to"]
+
+
+def test_a_workflow_of_queries_names_every_job(trained, tmp_path, lenient):
+    """Plan, three parts, merge and table: Snakemake sees six jobs, and quotes what is odd."""
+    out = tmp_path / "large"
+    command("--model", trained / "model", "--cells", trained / "q 1's.h5ad", "--parts", 3, *lenient, "--out", out)
+    plan = snakemake(out, "-n", "--printshellcmds")
+    for count in ("plan 1", "part 3", "merge 1", "table 1", "all 1"):
+        assert any(line.split() == count.split() for line in plan.splitlines()), plan
+    assert "'\"'\"'" in plan and "--set patches.allow_islands=true patches.batch=2" in plan
+    line, = [line for line in plan.splitlines() if "runs.workflow plan" in line]
+    words = shlex.split(line.split(" > ")[0])
+    assert words[words.index("plan"):][:6] == ["plan", "--model", str(trained / "model"), "--cells", str(trained / "q 1's.h5ad"), "--folder"]
+    twice = [trained / "q 1's.h5ad", tmp_path / "q 1's.h5ad"]
+    shutil.copy(*twice)
+    assert list(workflow.query_jobs(list(map(str, twice)))) == ["q_1_s", "q_1_s-2"]
+    with pytest.raises(InputError, match="braces"):
+        workflow.query_jobs([str(shutil.copy(twice[0], tmp_path / "{a}.h5ad"))])
