@@ -8,7 +8,7 @@ __all__ = ["Gears", "InputError", "__version__", "profile", "read"]
 
 if TYPE_CHECKING:  # what editors and type checkers see; at run time each name is imported when it is first asked for
     from .core.errors import InputError
-    from .data.io import read
+    from .data.readers import read
     from .reconstruct.facade import Gears
     from .reconstruct.settings import profile
 
@@ -16,7 +16,7 @@ _HOMES = {
     "Gears": "gears_nb.reconstruct.facade",
     "InputError": "gears_nb.core.errors",
     "profile": "gears_nb.reconstruct.settings",
-    "read": "gears_nb.data.io",
+    "read": "gears_nb.data.readers",
 }
 
 

@@ -37,7 +37,7 @@ def test_import_is_light():
 def test_public_names():
     from gears_nb import Gears, InputError, profile, read
     from gears_nb.core.errors import InputError as error
-    from gears_nb.data.io import read as reader
+    from gears_nb.data.readers import read as reader
     from gears_nb.reconstruct.facade import Gears as facade
     from gears_nb.reconstruct.settings import profile as named
     assert (Gears, InputError, profile, read) == (facade, error, named, reader)

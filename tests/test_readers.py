@@ -432,7 +432,8 @@ def test_visium_hd_outs(tmp_path):
         h5_of_10x(square / "filtered_feature_bc_matrix.h5")
         mtx_of_10x(square / "filtered_feature_bc_matrix")
         with_empty_spots().reset_index(drop=True).to_parquet(square / "spatial" / "tissue_positions.parquet", index=False)
-        same(read(square, spatial=True))
+        same(slide := read(square, spatial=True))
+        assert set(slide.obs["slide"]) == {tmp_path.name}  # not the name that all slides of this size have
     refused(tmp_path, "bins of several sizes (square_002um, square_008um, square_016um)")
     (square / "spatial" / "tissue_positions.parquet").write_bytes(b"PAR1")
     refused(square, "cannot be read as Parquet")
