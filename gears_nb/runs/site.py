@@ -26,9 +26,10 @@ from .readme import visible_cells
 # %% auto #0
 __all__ = ['CHAPTERS', 'GUIDES', 'HEAVY', 'chapters_of', 'mathml', 'render_math', 'site_notebook', 'picture_of', 'thumbnail',
            'Exhibit', 'exhibits', 'inline', 'verdict_words', 'card', 'gallery_page', 'module_of', 'chapter_page',
-           'public_names', 'reference_page', 'reference_index', 'foreign_table', 'refusal_table', 'front_page',
-           'stage_pages', 'stage_notebooks', 'stage_reference', 'stage_site', 'site_nav', 'light_page', 'on_config',
-           'on_page_content', 'on_post_build', 'build_site', 'main']
+           'chapters_page', 'public_names', 'reference_page', 'reference_index', 'commands_page', 'foreign_table',
+           'refusal_table', 'front_page', 'stage_pages', 'stage_notebooks', 'stage_linked', 'stage_reference',
+           'stage_site', 'site_nav', 'light_page', 'on_config', 'on_page_content', 'on_post_build', 'build_site',
+           'main']
 
 # %% ../../nbs/runs/16_site.ipynb #1de449aa
 CHAPTERS: dict[str, tuple[str, str]] = {
@@ -88,7 +89,7 @@ def render_math(text: str) -> str:
     set_ = lambda found: mathml(found[1], True) if found[1] else mathml(found[2])
     return "".join(part if i % 2 else _MATH.sub(set_, part) for i, part in enumerate(parts))
 
-# %% ../../nbs/runs/16_site.ipynb #dca88ca2
+# %% ../../nbs/runs/16_site.ipynb #8c7c2b8d
 _FIGURE = ('<div class="plotly-figure" id="{name}" style="height:{height}px"></div><script src="{up}assets/plotly.min.js"></script>'
            "<script>{{const f = {data}; Plotly.newPlot('{name}', f.data, f.layout, {{responsive: true, displaylogo: false}})}}</script>")
 
@@ -110,8 +111,8 @@ def site_notebook(content: dict[str, Any], up: str = "../../") -> dict[str, Any]
         if cell["metadata"].pop("transient", None):
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "remove_input"]
         if cell["cell_type"] == "markdown":
-            text = re.sub(r"(\]\((?!https?:)[^)\s]+)\.ipynb", r"\1.html", cell["source"])
-            cell["source"] = render_math(re.sub(r"(\]\((?!https?:)[^)\s]+)\.md(?=[)#])", r"\1.html", text))
+            text = re.sub(r"(\]\((?!https?:)[^)\s#]+)\.(?:ipynb|md)(?=[)#])", r"\1.html", cell["source"])
+            cell["source"] = render_math(re.sub(r"\]\((?!https?:)[^)\s#]*#[^)\s]+\)", lambda link: link[0].lower(), text))
         elif "outputs" in cell:
             cell["outputs"] = [_drawn(o, f"figure-{i}-{k}", up) for k, o in enumerate(cell["outputs"])]
     return {**content, "cells": cells}
@@ -249,6 +250,17 @@ def chapter_page(name: str, books: Sequence[Notebook], modules: Mapping[str, str
         rows.append(f"| [{name_}]({book.path.name})<br><small>{inline(book.subtitle).replace('|', '&#124;')}</small> | {reference} | {seen} |")
     return "\n".join([f"# {title}", "", f"> {line[:1].upper() + line[1:]}", "", "| notebook | module | result |", "|---|---|---|", *rows, ""])
 
+# %% ../../nbs/runs/16_site.ipynb #2b503ae4
+def chapters_page(chapters: Mapping[str, Sequence[Notebook]]) -> str:
+    """Markdown of the list of chapters."""
+    rows = []
+    for name, books in chapters.items():
+        title, line = CHAPTERS.get(name, (name, ""))
+        runs = sum(bool(book.parameter_source) for book in books)
+        rows.append(f"| [{title}]({name}/index.md) | {line} | {len(books)} | {runs or ''} |")
+    head = ["# Notebooks", "", "> The source of the package, chapter by chapter; what is imported stands above what imports it", ""]
+    return "\n".join([*head, "| chapter | about | notebooks | experiments |", "|---|---|---:|---:|", *rows, ""])
+
 # %% ../../nbs/runs/16_site.ipynb #3757f3c7
 def public_names(source: str) -> tuple[list[str], str]:
     """What a module's text shows: the names of `__all__` that are defined in it and those added to classes by `@patch`, and the first line of its docstring."""
@@ -274,7 +286,7 @@ def reference_page(module: str, book: str, names: Sequence[str], line: str) -> s
     blocks = [f"::: gears_nb.{module}.{name}\n    options:\n      heading_level: 2\n" for name in names]
     return "\n".join([*head, *(blocks or ["This module has no public names."])])
 
-# %% ../../nbs/runs/16_site.ipynb #71ca5a33
+# %% ../../nbs/runs/16_site.ipynb #beec5b2a
 _FACE = {"Gears": "reconstruct.facade", "read": "data.io", "profile": "reconstruct.settings", "InputError": "core.errors"}
 
 
@@ -291,13 +303,32 @@ def reference_index(lines: Mapping[str, tuple[list[str], str]]) -> str:
     what = {"Gears": "learn from slides, place cells, save and load", "read": "any file or folder as a checked table",
             "profile": "settings by name: smoke, toy, paper", "InputError": "what is raised for input that cannot be used: one line with the remedy"}
     text += [f"| [`{name}`]({_home(name).replace('.', '/')}.md#gears_nb.{_home(name)}.{name}) | {line} |" for name, line in what.items() if _home(name) in lines]
-    text += ["", "The command line is described by `gears --help` and [its notebook](../nbs/runs/05_cli.ipynb).", ""]
+    text += ["", "The command line: [every command with its help](commands.md), and [its notebook](../nbs/runs/05_cli.ipynb).", ""]
     for chapter in dict.fromkeys([*CHAPTERS, *(m.partition(".")[0] for m in lines)]):
         own = {m: v for m, v in lines.items() if m.partition(".")[0] == chapter}
         if own:
             text += [f"## {CHAPTERS.get(chapter, (chapter,))[0]}", "", "| module | what |", "|---|---|",
                      *[f"| [`{m}`]({m.replace('.', '/')}.md) | {line.replace('|', '&#124;')} |" for m, (_, line) in own.items()], ""]
     return "\n".join(text)
+
+# %% ../../nbs/runs/16_site.ipynb #28621204
+def _commands(parser: Any, depth: int = 2) -> list[str]:
+    """Headings and help of every command below `parser`, deeper ones included."""
+    import argparse
+    lines: list[str] = []
+    for action in parser._actions:  # argparse has no public way to the parsers of its commands
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                lines += [f"{'#' * depth} {own.prog}", "", "```text", own.format_help().rstrip(), "```", "", *_commands(own, depth + 1)]
+    return lines
+
+
+def commands_page() -> str:
+    """Markdown of the command line."""
+    from gears_nb.runs.cli import build_parser
+    parser = build_parser()
+    head = ["# Commands", "", "> `gears` and what it can do, in its own words", "", "```text", parser.format_help().rstrip(), "```", ""]
+    return "\n".join([*head, *_commands(parser)])
 
 # %% ../../nbs/runs/16_site.ipynb #11a2d4b8
 def foreign_table() -> str:
@@ -378,7 +409,7 @@ def stage_pages(folder: Path) -> None:
     for name in ("site.css", "iframe-worker.js"):
         shutil.copy(root / "nbs/site" / name, folder / "assets")
 
-# %% ../../nbs/runs/16_site.ipynb #480233c5
+# %% ../../nbs/runs/16_site.ipynb #e35a977e
 def stage_notebooks(folder: Path, books: Sequence[Notebook]) -> None:
     """Notebooks as pages below `folder`, and Plotly if one of them needs it."""
     root, plotly = repo_root(), False
@@ -394,6 +425,18 @@ def stage_notebooks(folder: Path, books: Sequence[Notebook]) -> None:
         (folder / "assets/plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
 
 
+def stage_linked(folder: Path, books: Sequence[Notebook]) -> None:
+    """Other files of the repository that notebooks lead to, such as a test."""
+    root = repo_root()
+    for book in books:
+        for name in re.findall(r"\]\(((?:\.\./)+[\w./-]+\.py)\)", book.path.read_text(encoding="utf-8")):
+            path = (book.path.parent / name).resolve()
+            if path.is_file() and path.is_relative_to(root):
+                target = folder / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+
 def stage_reference(folder: Path, modules: Mapping[str, str], books: Mapping[str, Notebook]) -> None:
     """A page per module of `modules` (by the key of its notebook), and the first page."""
     root, lines = repo_root(), {}
@@ -406,9 +449,11 @@ def stage_reference(folder: Path, modules: Mapping[str, str], books: Mapping[str
         target.parent.mkdir(parents=True, exist_ok=True)
         book = "../../" + books[key].path.relative_to(root).as_posix()
         target.write_text(reference_page(module, book, *lines[module]), encoding="utf-8")
+    (folder / "api").mkdir(exist_ok=True)
     (folder / "api/index.md").write_text(reference_index(lines), encoding="utf-8")
+    (folder / "api/commands.md").write_text(commands_page(), encoding="utf-8")
 
-# %% ../../nbs/runs/16_site.ipynb #563e9c4a
+# %% ../../nbs/runs/16_site.ipynb #5b9dbd50
 def stage_site(folder: Path, only: Sequence[str] | None = None) -> int:
     """Lay out what MkDocs reads below `folder` (emptied first) and return the number of notebooks.
 
@@ -426,13 +471,16 @@ def stage_site(folder: Path, only: Sequence[str] | None = None) -> int:
     shutil.copy(root / "CITATION.cff", folder)
     stage_pages(folder)
     stage_notebooks(folder, books)
+    stage_linked(folder, books)
     stage_reference(folder, modules, by_key)
     (folder / "gallery.md").write_text(gallery_page(folder, shown), encoding="utf-8")
-    for name, own in chapters_of(books).items():
+    chapters = chapters_of(books)
+    (folder / "nbs/index.md").write_text(chapters_page(chapters), encoding="utf-8")
+    for name, own in chapters.items():
         (folder / "nbs" / name / "index.md").write_text(chapter_page(name, own, modules, shown), encoding="utf-8")
     return len(books)
 
-# %% ../../nbs/runs/16_site.ipynb #b0226022
+# %% ../../nbs/runs/16_site.ipynb #ee3fbf73
 def site_nav(docs: Path) -> list[Any]:
     """The navigation of the pages below `docs`, as MkDocs takes it."""
     there = lambda *names: [name for name in names if (docs / name).is_file()]
@@ -449,12 +497,12 @@ def site_nav(docs: Path) -> list[Any]:
     tutorials = pages("nbs/tutorials")
     nav: list[Any] = [{"Home": "index.md"}, {"Guides": there(*(f"nbs/site/{name}.md" for name in GUIDES))}]
     nav += [{"Tutorials": tutorials}] if tutorials else []
-    nav += [{"Gallery": named(("Gallery", "gallery.md"), ("Tables of results", "nbs/runs/10_tables.ipynb"))}, {"Notebooks": books}]
-    nav += [{"Reference": [*there("api/index.md"), *reference]}]
+    nav += [{"Gallery": named(("Gallery", "gallery.md"), ("Tables of results", "nbs/runs/10_tables.ipynb"))}, {"Notebooks": [*there("nbs/index.md"), *books]}]
+    nav += [{"Reference": [*there("api/index.md", "api/commands.md"), *reference]}]
     nav += [{"About": named(("Sources", "nbs/sources.ipynb"), ("Contributing", "CONTRIBUTING.md"), ("Changes", "CHANGELOG.md"))}]
     return nav
 
-# %% ../../nbs/runs/16_site.ipynb #94de179d
+# %% ../../nbs/runs/16_site.ipynb #51b6ef57
 _SHARED: dict[str, str] = {}
 "Styles and scripts that pages share, by file name; written when all pages are made."
 
@@ -474,7 +522,7 @@ def light_page(html: str, up: str) -> str:
         if "mathjax" in found[0].lower() or "mermaid" in found[0].lower() or not text.strip():
             return ""
         return _shared(kind, text, up)
-    head = re.sub(r"(?s)<(style|script)([^>]*)>(.*?)</\1>", part, head)
+    head = re.sub(r"(?s)<!--.*?-->|[ \t]*\n\s*", lambda found: "\n" if found[0].isspace() else "", re.sub(r"(?s)<(style|script)([^>]*)>(.*?)</\1>", part, head))
     body = re.sub(r"(?s)<style>\s*\['.*?</style>", "", body)
     heading = ""
     def step(found: re.Match[str]) -> str:
@@ -484,25 +532,38 @@ def light_page(html: str, up: str) -> str:
             return found[0]
         return f'alt="Figure: {markup.escape(heading)}"'
     body = re.sub(r'(?s)<h[1-4][^>]*>(.*?)</h[1-4]>|alt="No description has been provided for this image"', step, body)
-    body = body.replace('<div class="jp-Cell jp-CodeCell', '<div data-search-exclude class="jp-Cell jp-CodeCell')
+    body = re.sub(r'<(pre|svg|div class="clipboard-copy-txt")(?=[\s>])', r"<\1 data-search-exclude", body)
     return head + wrapper + body
 
-# %% ../../nbs/runs/16_site.ipynb #086e64e7
+# %% ../../nbs/runs/16_site.ipynb #197d02c4
 def on_config(config: Any) -> Any:
     """Hook of MkDocs: the navigation of what was laid out, unless one is given."""
     config.nav = config.nav or site_nav(Path(config.docs_dir))
     return config
 
 
+def _there(entries: Sequence[Any], ids: set[str]) -> list[Any]:
+    """Entries of a table of contents whose heading is on the page; what stands below one that is not takes its place."""
+    kept = []
+    for entry in entries:
+        entry.children = _there(entry.children, ids)
+        kept += [entry] if entry.id in ids else entry.children
+    return kept
+
+
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Hook of MkDocs: notebooks made light."""
-    return light_page(html, "../" * page.url.count("/")) if page.file.src_uri.endswith(".ipynb") else html
+    """Hook of MkDocs: notebooks made light; their tables of contents, which take a comment in a code cell for a heading, made true."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    page.toc.items = _there(page.toc.items, set(re.findall(r'<h[1-6] id="([^"]*)"', html)))
+    return light_page(html, "../" * page.url.count("/"))
 
 
 def on_post_build(config: Any) -> None:
-    """Hook of MkDocs: the shared styles and scripts become files."""
+    """Hook of MkDocs: the shared styles and scripts become files. A page for addresses that do not exist is for servers, and its links would start at their root."""
     for name, text in _SHARED.items():
         (Path(config.site_dir) / "assets" / name).write_text(text, encoding="utf-8")
+    (Path(config.site_dir) / "404.html").unlink(missing_ok=True)
 
 
 def build_site(docs: Path, out: Path) -> None:

@@ -143,7 +143,7 @@ def served(site: Path) -> Iterator[str]:
         server.server_close()
         thread.join()
 
-# %% ../../nbs/runs/20_site_check.ipynb #4f135805
+# %% ../../nbs/runs/20_site_check.ipynb #04b737a0
 _CONTRAST = """() => {
     const parse = c => { const v = c.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
     const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3])).concat(1);
@@ -153,7 +153,7 @@ _CONTRAST = """() => {
     for (const e of document.querySelectorAll("main *, header *, nav *")) {
         const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join("");
         const box = e.getBoundingClientRect(), style = getComputedStyle(e);
-        if (!text || !box.width || !box.height || style.visibility !== "visible" || e.closest("svg, math, .plotly-figure, [hidden]")) continue;
+        if (!text || !box.width || !box.height || style.visibility !== "visible" || e.closest("svg, math, .plotly-figure, .md-header__topic, [hidden]")) continue;
         const grounds = [];
         let opacity = 1;
         for (let a = e; a; a = a.parentElement) {
@@ -246,8 +246,8 @@ def check_browser(site: Path, pages: Sequence[str], words: str, wanted: str) -> 
                 faults.append(f"search at {where.partition(':')[0]}: {words!r} finds {found[:3]}, not {wanted!r}")
     return visits, list(dict.fromkeys([f for v in [*visits, *more] for f in v.faults] + faults))
 
-# %% ../../nbs/runs/20_site_check.ipynb #2f8ec1b7
-OPENED = ("index.html", "gallery.html", "nbs/site/start.html", "nbs/geometry/01_gauge.html", "nbs/generators/01_small_vae.html", "api/index.html",
+# %% ../../nbs/runs/20_site_check.ipynb #aee7a852
+OPENED = ("index.html", "gallery.html", "nbs/index.html", "nbs/site/start.html", "nbs/geometry/01_gauge.html", "nbs/generators/01_small_vae.html", "api/index.html",
           "api/reconstruct/facade.html")
 
 
