@@ -142,7 +142,7 @@ def query_jobs(cells: Sequence[str], options: Sequence[str] = ()) -> dict[str, d
         jobs[unique(slug(Path(files[0]).stem, *([] if section is None else [section])), jobs)] = {"cells": whole, "files": files, "options": list(options), **need}
     return jobs
 
-# %% ../../nbs/runs/15_workflow.ipynb #878becf9
+# %% ../../nbs/runs/15_workflow.ipynb #21766b7e
 HEAD = '''# Written by `gears workflow`; yours to change. The jobs are listed in config.yaml.
 #
 #   snakemake -n                        what would run
@@ -170,11 +170,13 @@ wildcard_constraints:
 localrules: all, table
 '''
 EXPERIMENTS = HEAD + '''
+RESULTS = [f"results/{job['chapter']}/{name}/results.json" for name, job in JOBS.items()]
+
 rule all:
-    input: "table.csv"
+    input: "table.csv", RESULTS
 
 rule table:  # a line per job: seeds, minutes, verdicts, numbers
-    input: [f"results/{job['chapter']}/{name}/results.json" for name, job in JOBS.items()]
+    input: RESULTS
     output: report("table.csv", category="All experiments", caption="captions/table.rst")
     shell: "{PYTHON} -m gears_nb.runs.workflow table {output:q} {input:q}"
 
@@ -200,15 +202,16 @@ rule experiment:
         """
 '''
 
-# %% ../../nbs/runs/15_workflow.ipynb #f7ad69fb
+# %% ../../nbs/runs/15_workflow.ipynb #09ee1cfc
 QUERIES = HEAD + '''
 MODEL = config["model"]
+MAPS = expand("placed/{job}.h5ad", job=JOBS)
 
 rule all:
-    input: "table.csv"
+    input: "table.csv", MAPS
 
 rule table:  # a line per query: cells, places, confidence, why some have no place
-    input: expand("placed/{job}.h5ad", job=JOBS)
+    input: MAPS
     output: report("table.csv", category="All queries", caption="captions/table.rst")
     shell: "{PYTHON} -m gears_nb.runs.workflow table {output:q} {input:q}"
 '''
