@@ -174,8 +174,8 @@ function mixed(group) {
 }
 """
 
-# %% ../../nbs/attention/14_maps.ipynb #e6368ede
-_SCRIPT_DRAW = """
+# %% ../../nbs/attention/14_maps.ipynb #b14f60bd
+_SCRIPT_PAINT = """
 function paint(c, group) {
   const n = view().names[group].length, none = css('--faint');
   if (!c || !c.values[group]) return {colour:new Array(n).fill(none), shape:null};
@@ -195,6 +195,10 @@ function said(c, group, i) {
   if (c.kind === 'rgb' || c.kind === 'place') return '';
   return c.kind === 'category' ? (known(v) ? String(c.levels ? c.levels[v] : v) : 'not known') : known(v) ? String(+v.toPrecision(4)) : 'not known';
 }
+"""
+
+# %% ../../nbs/attention/14_maps.ipynb #3418ba25
+_SCRIPT_DRAW = """
 let able = null;
 const webgl = () => able ??= !!document.createElement('canvas').getContext('webgl');
 const MANY = 1500, size = n => n > 20000 ? 2.5 : n > 3000 ? 4 : n > 800 ? 6 : 8;
@@ -313,8 +317,8 @@ function saveSelected() {
 }
 """
 
-# %% ../../nbs/attention/14_maps.ipynb #7474e3a1
-_SCRIPT_WIRES = """
+# %% ../../nbs/attention/14_maps.ipynb #e30187ca
+_SCRIPT_BUILD = """
 function fill(select, names) { select.replaceChildren(...names.map((n, i) => new Option(n, i))); }
 function frames() {
   const t = view();
@@ -338,6 +342,10 @@ function zoom(factor) {
     Plotly.relayout('map' + j, {'xaxis.range':about('xaxis'), 'yaxis.range':about('yaxis')});
   });
 }
+"""
+
+# %% ../../nbs/attention/14_maps.ipynb #13388cda
+_SCRIPT_WIRES = """
 const PRESSED = {ArrowRight:() => setColour(state.colour + 1), ArrowLeft:() => setColour(state.colour - 1), '+':() => zoom(1.3), '=':() => zoom(1.3), '-':() => zoom(1 / 1.3), '0':() => zoom(0), Escape:() => choose({}),
   p:() => { const all = [...$('palette').options].map(o => o.value); setPalette(all[(all.indexOf(state.palette) + 1) % all.length]); }, s:() => $('shapes').click(), '?':() => $('help').showModal()};
 if (D.tissues.length) {
@@ -365,8 +373,9 @@ document.querySelectorAll('[data-file]').forEach(b => { b.onclick = () => { cons
 document.querySelectorAll('[data-figure]').forEach(b => { b.onclick = () => savePicture(b.dataset.figure); });
 document.querySelectorAll('[data-selected]').forEach(b => { b.onclick = saveSelected; });
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { if (D.tissues.length) draw(); });
+addEventListener('beforeprint', () => document.querySelectorAll('.panel details').forEach(d => { d.open = true; }));
 """
-SCRIPT = _SCRIPT_COLOURS + _SCRIPT_DRAW + _SCRIPT_LEGEND + _SCRIPT_SAVE + _SCRIPT_WIRES
+SCRIPT = _SCRIPT_COLOURS + _SCRIPT_PAINT + _SCRIPT_DRAW + _SCRIPT_LEGEND + _SCRIPT_SAVE + _SCRIPT_BUILD + _SCRIPT_WIRES
 "JavaScript module of maps; it needs the elements of `maps_html` and the data of `maps_data`, which bring Plotly along."
 
 # %% ../../nbs/attention/14_maps.ipynb #025d95c8
@@ -410,17 +419,23 @@ def write_maps(path: str | Path, title: str, views: Sequence[MapView], **parts: 
         Path(tmp).write_text(text, encoding="utf-8")
     return path
 
-# %% ../../nbs/attention/14_maps.ipynb #ccc9358f
-def first_paint(path: str | Path, width: int = 1200) -> dict[str, Any]:
-    """Open a page of maps in Chromium without a window: `milliseconds` from navigation to the first points, `answers` to maps that can be used, `drawn` (the kind of every trace) and `points` (of every map).
-
-    Raises `InputError` where there is no browser."""
+# %% ../../nbs/attention/14_maps.ipynb #2e63122f
+def _painted(path: Path, width: int) -> dict[str, Any]:
     from gears_nb.attention.browser import chromium
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": width, "height": 900}, offline=True)
         tab.set_default_timeout(120_000)
-        tab.goto(Path(path).resolve().as_uri())
+        tab.goto(path.resolve().as_uri())
         tab.wait_for_function("() => document.documentElement.dataset.answers")
         drawn = tab.evaluate("[...document.querySelectorAll('.map')].map(d => [d.data[0].type, d.data[0].x.length])")
         painted, answers = tab.evaluate("[+document.documentElement.dataset.painted, +document.documentElement.dataset.answers]")
         return {"milliseconds": painted, "answers": answers, "drawn": [kind for kind, _ in drawn], "points": [n for _, n in drawn]}
+
+
+def first_paint(path: str | Path, width: int = 1200) -> dict[str, Any]:
+    """Open a page of maps in Chromium without a window: `milliseconds` from navigation to the first points, `answers` to maps that can be used, `drawn` (the kind of every trace) and `points` (of every map).
+
+    Raises `InputError` where there is no browser."""
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop of its own, which the browser's driver does not share
+        return pool.submit(_painted, Path(path), width).result()

@@ -29,7 +29,7 @@ __all__ = ['LIMITS', 'NAMES', 'PANEL_STYLE', 'RULE', 'WORDS', 'MOST', 'Trust', '
            'panel_html', 'diagnostic_rows', 'genes_sentence', 'meanings', 'settings_rows', 'stem', 'result_files',
            'settings_file']
 
-# %% ../../nbs/runs/17_panels.ipynb #889534e6
+# %% ../../nbs/runs/17_panels.ipynb #2503ef97
 @dataclass(frozen=True)
 class Trust:
     """What the verdict on one map rests on. Shares are in 0..1; NaN or None: the file does not tell.
@@ -57,7 +57,10 @@ def _part(result: AnnData, name: str, label: str | None) -> dict[str, Any]:
         found = json.loads(found) if isinstance(found, str) else dict(found)
     except (TypeError, ValueError):
         return {}
-    return found[label] if label is not None and isinstance(found.get(label), Mapping) else found if isinstance(found, Mapping) else {}
+    if not isinstance(found, dict):
+        return {}
+    own = found.get(label) if label is not None else None
+    return dict(own) if isinstance(own, Mapping) else found
 
 # %% ../../nbs/runs/17_panels.ipynb #aa95af30
 def _middle(result: AnnData, column: str, rows: np.ndarray) -> float:
