@@ -250,6 +250,8 @@ def test_a_stack_is_read_as_sections(tmp_path, jitter):
         assert named.obs["slide"].nunique() == 3
         alone = read(f"{tmp_path}/stack.h5ad#{named.obs['slide'].iloc[0]}", spatial=True, slide_key="z")
     assert set(alone.obs["slide"]) == {named.obs["slide"].iloc[0]}
+    refused(tmp_path / "stack.h5ad", "third column varies", "plane='xy'", min_spots=50)  # levels too small to be sections that nobody named
+    refused(tmp_path / "stack.h5ad", "40 spots, at least 50 are needed", min_spots=50, slide_key="z")
 
 
 def test_helper_keeps_order_and_leaves_the_table_alone():
@@ -310,9 +312,8 @@ def written(path: Path, n: int = 300, g: int = 50, kind: str = "csr", dtype: typ
     return out
 
 
-@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
-@pytest.mark.parametrize("ending", [".h5ad", ".zarr"])
-@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+@pytest.mark.parametrize("kind, ending, dtype", [("csr", ".h5ad", np.float32), ("csr", ".zarr", np.int64), ("csc", ".h5ad", np.int64), ("csc", ".zarr", np.float32),
+                                                 ("dense", ".h5ad", np.float32), ("dense", ".zarr", np.int64)])
 def test_taking_genes_from_disk(tmp_path, kind, ending, dtype):
     whole = written(tmp_path / f"q{ending}", kind=kind, dtype=dtype)
     file, wanted = backed(tmp_path / f"q{ending}"), ["Gene40", "Gene3", "gene7", "Gene49"]

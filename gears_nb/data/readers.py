@@ -273,7 +273,7 @@ def _points(element: Path) -> tuple[np.ndarray, np.ndarray]:
     frame = _parquet(element / "points.parquet").to_pandas()
     return frame.index.to_numpy(), frame[_transformations(element)[0]].to_numpy(dtype=np.float64)
 
-# %% ../../nbs/data/12_readers.ipynb #f30670aa
+# %% ../../nbs/data/12_readers.ipynb #ea7980a3
 def _labels(element: Path, wanted: np.ndarray, pixels: int = 2**22) -> tuple[np.ndarray, np.ndarray]:
     """`wanted` labels (n,) of a pixel mask and their middles (n, 2 or 3) in pixels, NaN for one that has none.
 
@@ -302,7 +302,7 @@ def _labels(element: Path, wanted: np.ndarray, pixels: int = 2**22) -> tuple[np.
         C = total / count[:, None]
     return names, C[:, [axes.index(name) for name in "xyz" if name in axes]]
 
-
+# %% ../../nbs/data/12_readers.ipynb #a342268c
 def places_of(element: Path, wanted: np.ndarray) -> np.ndarray:
     """Positions (n, 2 or 3) of the instances `wanted` (n,) of one element of a store, in its coordinate system; NaN for unknown ones.
 
@@ -511,7 +511,7 @@ def split_by_depth(adata: AnnData, tolerance: float | None = None, *, axis: str 
     order = table.obs["slide"].to_numpy()[[int(np.flatnonzero(levels == i)[0]) for i in range(levels.max() + 1)]]
     return [parts[label] for label in order]
 
-# %% ../../nbs/data/12_readers.ipynb #7eab5cc6
+# %% ../../nbs/data/12_readers.ipynb #880eee33
 def _projection_note(C: np.ndarray, plane: str, labels: np.ndarray) -> str:
     """What a projection of positions (n, 3) onto `plane` loses, as a line; empty if every section is flat."""
     from scipy.spatial import cKDTree
@@ -529,8 +529,11 @@ def _projection_note(C: np.ndarray, plane: str, labels: np.ndarray) -> str:
     return f"projected onto {plane}: the thickness along {'xyz'[axis]} is {deep:.4g}{times}; cells above each other get one place"
 
 
-def _stacked(adata: AnnData, source: str, key: str | None, plane: str | None) -> tuple[AnnData, str | None]:
-    """A slide with its depth settled, and the key of its sections: a stack in sections, a projection announced, all else as it is."""
+def _stacked(adata: AnnData, source: str, key: str | None, plane: str | None, least: int = 3) -> tuple[AnnData, str | None]:
+    """A slide with its depth settled, and the key of its sections: a stack in sections, a projection announced, all else as it is.
+
+    `least`: rows that every section needs, or a stack that nobody named is none.
+    """
     C = np.asarray(adata.obsm["spatial"]) if "spatial" in adata.obsm else np.empty((0, 0))
     by_axis = key in _AXES and key not in adata.obs
     if by_axis and (C.ndim != 2 or C.shape[1] != 3):
@@ -540,6 +543,8 @@ def _stacked(adata: AnnData, source: str, key: str | None, plane: str | None) ->
     axis = str(key) if by_axis else "z"
     unnamed = key is None and plane is None and not any(section_labels(adata, source))
     levels = depth_levels(C[:, _AXES[axis]].astype(np.float64)) if by_axis or unnamed else None
+    if levels is not None and not by_axis and np.bincount(levels).min() < least:
+        levels = None
     if levels is not None:
         if not by_axis:
             one = f"as one section: {option('plane', 'xy')}"
@@ -586,7 +591,7 @@ def read_segmented(folder: Path, *, spatial: bool = True) -> AnnData:
         adata.obsm["spatial"] = placed(adata, _outlines(path), path).to_numpy(dtype=np.float64)
     return adata
 
-# %% ../../nbs/data/12_readers.ipynb #88e3c1d4
+# %% ../../nbs/data/12_readers.ipynb #1af379e7
 _TOGETHER = {"cell_by_gene.csv": "cell_metadata.csv", "exprMat_file.csv": "metadata_file.csv"}
 "Tables of counts by the end of their names, and the table with the positions that MERSCOPE or CosMx writes beside each."
 
@@ -614,7 +619,7 @@ def _named_like(text: str) -> str:
     home = next((above for above in (path, *path.parents) if not fixed(above.name)), path)
     return text if home == path or not home.name else str(home)
 
-
+# %% ../../nbs/data/12_readers.ipynb #c48a518e
 def read(
     source: str | Path,
     *,
@@ -646,7 +651,7 @@ def read(
         adata, key = read_segmented(Path(text), spatial=spatial) if segmented_counts(text) else _load(text, spatial), slide_key
     adata = take_layer(adata, layer, text)
     if spatial:
-        adata, key = _stacked(adata, text, key, plane)
+        adata, key = _stacked(adata, text, key, plane, min_spots)
     if name is not None:
         adata = take_sample(adata, name, text, key)
     check(adata, text, spatial=spatial, counts=counts, min_spots=min_spots, plane=plane, slide_key=key)
@@ -654,7 +659,7 @@ def read(
         _name_sections(adata, _named_like(text), key)
     return adata
 
-# %% ../../nbs/data/12_readers.ipynb #5b3e5341
+# %% ../../nbs/data/12_readers.ipynb #9693be48
 def _apart(store: Path) -> list[str]:
     """The tables of a store if they can stand side by side: each with regions, and no two in one coordinate system; else none."""
     seen: set[str] = set()
@@ -676,7 +681,7 @@ def _expanded(sources: Sequence[str | Path]) -> list[str | Path]:
         out += [f"{text}#{table}" for table in tables] if len(tables) > 1 else [source]
     return out
 
-
+# %% ../../nbs/data/12_readers.ipynb #14fc8886
 def read_many(
     sources: Sequence[str | Path],
     *,
@@ -860,7 +865,7 @@ def _checked(block: sp.csr_matrix, start: int, table: Backed, names: pd.Index | 
     check_values(AnnData(block, obs=table.obs.iloc[start : start + block.shape[0], :0], var=pd.DataFrame(index=names)), str(table.path))
     return fractional_share(block) * block.nnz if table.counts and block.data.dtype.kind == "f" else 0.0
 
-# %% ../../nbs/data/12_readers.ipynb #a42d7d43
+# %% ../../nbs/data/12_readers.ipynb #027baa3d
 def _by_columns(matrix: Any) -> bool:
     """Is a stored matrix CSC?"""
     return not hasattr(matrix, "shape") and str(matrix.attrs.get("encoding-type", "csr")).startswith("csc")
@@ -897,7 +902,7 @@ def _taken(table: Backed, position: np.ndarray, names: Sequence[str], values: in
         _fractional(odd, stored, table)
         return out.done()
 
-
+# %% ../../nbs/data/12_readers.ipynb #52c113a5
 def _in_blocks(table: Backed, genes: Sequence[str] | None, kind: str | None, cells: int) -> Iterator[AnnData]:
     """See `Backed.blocks`."""
     from anndata import AnnData
@@ -965,7 +970,7 @@ def _frames(root: Any, path: Path, layer: str | None) -> tuple[pd.DataFrame, pd.
             frame.index = frame.index.astype(str).astype(object)
     return obs, var, np.arange(len(var)), where
 
-# %% ../../nbs/data/12_readers.ipynb #c1f3e58d
+# %% ../../nbs/data/12_readers.ipynb #2f707340
 def _frames_of_10x(root: Any, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray, str]:
     """As `_frames` for an `.h5` file of Cell Ranger; features that are not genes are left out, aloud."""
     import pandas as pd
@@ -984,7 +989,7 @@ def _frames_of_10x(root: Any, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, n
         genes = _gene_rows(AnnData(obs=pd.DataFrame(index=[]), var=var), path)
     return pd.DataFrame(index=text(group["barcodes"])), genes.var, kept, where
 
-
+# %% ../../nbs/data/12_readers.ipynb #3300c109
 def _must_be_backable(path: Path) -> None:
     """`InputError` for what is not an AnnData table on disk, in the words of `read`."""
     if not path.exists():
