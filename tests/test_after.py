@@ -376,7 +376,9 @@ def test_scanpy_draws_a_result_as_it_is(placed):
 
 
 def test_squidpy_takes_a_result(placed, tissue):
-    sq = pytest.importorskip("squidpy", reason="squidpy is an extra: pip install 'gears_nb[squidpy]'")
+    pytest.importorskip("squidpy", reason="squidpy is an extra: pip install 'gears_nb[squidpy]'")
+    import squidpy as sq
+
     placed = align_to(placed, tissue.slides[0])
     placed.obs["kind"] = pd.Categorical(np.where(np.arange(placed.n_obs) % 2, "a", "b"))
     for key in ("X_gears", "spatial"):
