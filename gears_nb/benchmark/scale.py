@@ -121,7 +121,7 @@ def measure(model: str | Path, n: int, seed: int, way: str = "blocks", workers: 
     return {"n": n, "way": way, "seconds": run.value["seconds"], "cpu_seconds": run.value["cpu_seconds"], "before_mb": run.before_mb, "growth_mb": run.peak_mb,
             "peak_rss_mb": run.before_mb + run.peak_mb, "spearman": spearman, "stages": run.value["stages"], "process_seconds": run.cpu_seconds}
 
-# %% ../../nbs/benchmark/05_scale.ipynb #b72ebbe1
+# %% ../../nbs/benchmark/05_scale.ipynb #e67bead1
 CPU_LIMIT, MEMORY_GB = 900.0, 12.0  # seconds and GiB that a tool may use
 
 
@@ -130,10 +130,13 @@ def measure_peer(name: str, n: int, seed: int, reference: Sequence[AnnData] = ()
     from gears_nb.benchmark.peers import find_peer, peer_row, pooled
     from gears_nb.data.io import read
 
+    peer = find_peer(name)
+    if not peer.installed:
+        return {"n": n, "way": name, "failed": f"not installed: gears peers install {name}"}
     with tempfile.TemporaryDirectory() as folder:
         truth = write_cells(Path(folder) / "query.h5ad", n, seed)
         question = pooled(reference or simulate_cells(1, seed).slides, read(Path(folder) / "query.h5ad", spatial=False))
-    row = peer_row(find_peer(name), question, truth, protocol="scale", dataset="simulate_cells", seed=seed, timeout=4 * CPU_LIMIT, memory_gb=MEMORY_GB, cpu_limit=CPU_LIMIT)
+    row = peer_row(peer, question, truth, protocol="scale", dataset="simulate_cells", seed=seed, timeout=4 * CPU_LIMIT, memory_gb=MEMORY_GB, cpu_limit=CPU_LIMIT)
     out = {"n": n, "way": name, "failed": row.get("failed", "")}
     return out if row.get("failed") else out | {"seconds": row["wall_seconds"], "cpu_seconds": row["seconds"], "peak_rss_mb": row["peak_rss_mb"], "spearman": row["spearman"],
                                                 "process_seconds": row["process_seconds"]}

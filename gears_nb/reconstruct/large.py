@@ -127,7 +127,7 @@ def _survey_block(table: AnnData, gears: Gears, rows: slice) -> tuple[np.ndarray
     F = gears.fitted.embedding.preprocessor.log_normalised(own)
     return positive, totals, sp.csr_matrix(np.ones((1, len(F)))) @ F, F.min(0), F.max(0)
 
-# %% ../../nbs/reconstruct/21_large.ipynb #ae1627e4
+# %% ../../nbs/reconstruct/21_large.ipynb #b45ef6a4
 def _said(notes: Iterable[str]) -> None:
     "Every line once, as a warning."
     for note in dict.fromkeys(notes):
@@ -159,7 +159,7 @@ def survey(table: AnnData, gears: Gears, workers: int = 1) -> Survey:
     _said(f"cells: {int((notes == why).sum())} cells with {why} get no position" for why in np.unique(notes[~kept].astype(str)))
     if kept.sum() > 1 and not (np.max([p[4] for p in parts], 0) - np.min([p[3] for p in parts], 0)).any() or not kept.any():
         raise InputError("cells", "X", "no two cells differ in the shared genes", "give single cells with counts in these genes")
-    mean = sum(np.asarray(p[2]) for p in parts).ravel() / kept.sum()
+    mean = np.sum([np.asarray(p[2]).ravel() for p in parts], axis=0) / kept.sum()
     report = Report("cells", tuple(map(str, table.obs_names)), positive, table.n_vars)
     return Survey(Query(None, kept, notes, fitted.evidence.of(totals[kept]), report), mean)  # type: ignore[arg-type]
 
@@ -389,13 +389,17 @@ def fuse_blocks(fusion: Fusion, stitched: Stitched, workers: int = 1, size: int 
     error = table @ fusion.error[:-1] + fusion.error[-1] + share[0] * unit * faults
     return replace(stitched, distance=distance), error, share
 
-# %% ../../nbs/reconstruct/21_large.ipynb #3aa05203
+# %% ../../nbs/reconstruct/21_large.ipynb #3a40272c
 def _geometry(models: Sequence[GeometryModel], H: np.ndarray, cover: Patches, config: PatchConfig, seed: int, workers: int, show: bool) -> PatchGeometry:
     "`patch_geometry`, in blocks of 32 batches; one block for a model that draws, whose draws go on from batch to batch."
     drawn = any(model.stochastic for model in models)
     parts = slices(len(cover.index), len(cover.index) if drawn else 32 * config.batch)
-    ask = lambda rows: patch_geometry(models, H, replace(cover, index=cover.index[rows]), batch=config.batch, seed=seed, progress=show and drawn)
-    made = in_blocks(ask, parts, 1 if drawn else workers, f"{len(H)} cells in {len(cover.index)} patches", show and not drawn)
+
+    def ask(rows: slice) -> PatchGeometry:
+        "The models' answers about some patches."
+        return patch_geometry(models, H, replace(cover, index=cover.index[rows]), batch=config.batch, seed=seed, progress=show and drawn)
+
+    made: list[PatchGeometry] = in_blocks(ask, parts, 1 if drawn else workers, f"{len(H)} cells in {len(cover.index)} patches", show and not drawn)
     given = [m.distances for m in made if m.distances is not None]
     return PatchGeometry(np.concatenate([m.X for m in made], 1), np.concatenate(given, 1) if len(given) == len(made) else None)
 
