@@ -160,7 +160,9 @@ def test_every_kind_is_recognised_and_drawn(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text = result_page(kind, {kind: table})
-    view = contents(text)["data"]["tissues"][0]
+    held = contents(text)["data"]
+    view = held["tissues"][0]
+    assert [f["name"] for f in held["files"]] == (["reconstruction_positions.csv", "reconstruction_confidence.csv"] if kind == "reconstruction" else [f"{kind}_coordinates.csv"])
     assert len(view["maps"]) == (1 if kind == "contributions" else 2) and len(view["colours"]) > 2
     assert view["shared"] == (kind in ("prediction", "counterfactual", "contributions"))
     pd.testing.assert_frame_equal(table.obs, before.obs)
@@ -177,6 +179,7 @@ def test_before_and_after_are_what_the_file_says():
         x = [np.frombuffer(m["x"], "<f4") for m in view.maps]
         shift = x[1] - x[0]
         np.testing.assert_allclose(shift, shift[0], atol=1e-4)                    # all cells moved alike
+        assert view.colours[0]["name"] == "perturbation"
         assert "change of g2" in [c["name"] for c in view.colours] and "change of g1" not in [c["name"] for c in view.colours]
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LIMITS', 'NAMES', 'PANEL_STYLE', 'RULE', 'WORDS', 'MOST', 'Trust', 'trust_of', 'Verdict', 'verdict', 'rows_html',
-           'panel_html', 'diagnostic_rows', 'genes_sentence', 'meanings', 'settings_rows', 'stem', 'result_files',
-           'settings_file']
+           'panel_html', 'diagnostic_rows', 'genes_sentence', 'meanings', 'settings_rows', 'table_csv', 'stem',
+           'result_files', 'settings_file']
 
 # %% ../../nbs/runs/17_panels.ipynb #2503ef97
 @dataclass(frozen=True)
@@ -298,12 +298,12 @@ def settings_rows(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     differs = lambda k, v: f" (profile: {show(usual[k])})" if k in usual and k != "seed" and usual[k] != v else ""
     return [(k, show(v) + differs(k, v), meanings().get(k, "")) for k, v in _flat(plain(config)).items()]
 
-# %% ../../nbs/runs/17_panels.ipynb #c179a0e5
+# %% ../../nbs/runs/17_panels.ipynb #62013be1
 MOST = 100_000
 "Cells up to which tables are put into a page."
 
 
-def _csv(head: Sequence[str], columns: Sequence[Sequence[Any]]) -> str:
+def table_csv(head: Sequence[str], columns: Sequence[Sequence[Any]]) -> str:
     """A table as CSV; floats with seven digits, NaN and None as nothing."""
     show = lambda v: "" if v is None or v != v else f"{v:.7g}" if isinstance(v, (float, np.floating)) else str(v)
     out = io.StringIO()
@@ -324,10 +324,10 @@ def result_files(name: str, result: AnnData) -> list[dict[str, str]]:
         return []
     X, cells = np.asarray(result.obsm["X_gears"], dtype=float), list(map(str, result.obs_names))
     own = [("section", list(map(str, result.obs["gears_section"])))] if "gears_section" in result.obs else []
-    files = [{"name": f"{stem(name)}_positions.csv", "label": "positions (CSV)", "type": "text/csv", "text": _csv(["cell", "x", "y", *[n for n, _ in own]], [cells, X[:, 0], X[:, 1], *[v for _, v in own]])}]
+    files = [{"name": f"{stem(name)}_positions.csv", "label": "positions (CSV)", "type": "text/csv", "text": table_csv(["cell", "x", "y", *[n for n, _ in own]], [cells, X[:, 0], X[:, 1], *[v for _, v in own]])}]
     columns = [(c.removeprefix("gears_"), list(result.obs[c])) for c in ("gears_confidence", "gears_error", "gears_spread", "gears_note") if c in result.obs]
     if columns:
-        files.append({"name": f"{stem(name)}_confidence.csv", "label": "confidence (CSV)", "type": "text/csv", "text": _csv(["cell", *[n for n, _ in columns]], [cells, *[v for _, v in columns]])})
+        files.append({"name": f"{stem(name)}_confidence.csv", "label": "confidence (CSV)", "type": "text/csv", "text": table_csv(["cell", *[n for n, _ in columns]], [cells, *[v for _, v in columns]])})
     return files
 
 
