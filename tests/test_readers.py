@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from test_formats import CELLS, PLACES, h5_of_10x, mtx_of_10x, positions, same
+from test_formats import CELLS, PLACES, cosmx, h5_of_10x, mtx_of_10x, positions, same
 from test_formats import X as TOY
 
 from gears_nb.core.errors import GearsWarning, InputError, speaking
@@ -495,5 +495,14 @@ def test_merscope_region(tmp_path):
     about.iloc[1:].to_csv(tmp_path / "cell_metadata.csv", index=False)
     refused(tmp_path, "barcodes: do not agree with cell_metadata.csv: 1", "give two tables of the same spots")
     (tmp_path / "cell_metadata.csv").unlink()
-    refused(tmp_path, "holds cell_by_gene.csv, but no cell_metadata.csv", "complete folder", "or pass it as cells")
+    refused(tmp_path, "holds the counts of the cells, but no cell_metadata.csv", "complete folder", "or pass it as cells")
     assert quietly(tmp_path, spatial=False).n_obs == 5
+
+
+def test_counts_of_cosmx_with_and_without_places(tmp_path):
+    path = cosmx(tmp_path)[1]
+    assert quietly(tmp_path).n_obs == 5
+    path.rename(tmp_path / "S0_metadata.csv")
+    assert quietly(tmp_path).n_obs == 5
+    (tmp_path / "S0_metadata.csv").unlink()
+    refused(tmp_path, "holds the counts of the cells, but no metadata_file.csv")  # fov_positions_file.csv is not about cells
