@@ -20,7 +20,7 @@ from ..core.errors import GearsWarning, InputError, speaking
 # %% auto #0
 __all__ = ['build_parser', 'main']
 
-# %% ../../nbs/runs/05_cli.ipynb #07b8765c
+# %% ../../nbs/runs/05_cli.ipynb #ee1ffb28
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Help with one width everywhere, so that examples stay in their columns."""
 
@@ -34,10 +34,18 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
 
+    late: Callable[[argparse.ArgumentParser], None] | None = None  # adds the arguments when they are asked for
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late(self)
+        return super().parse_known_args(*args, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(self.prog, "arguments", message.replace("\n", " "), f"{self.prog} --help shows what it takes")
 
-# %% ../../nbs/runs/05_cli.ipynb #5fd38ad5
+# %% ../../nbs/runs/05_cli.ipynb #7ea0d693
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
@@ -49,6 +57,9 @@ _EXAMPLES = """examples
   gears benchmark --slides A.h5ad B.h5ad --cells Q.h5ad --out table.csv   which method places Q, whose places are known, best?
   gears peers install tangram                             a published tool, to stand in that table
   gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
+  gears transfer --from A.h5ad B.h5ad --to R.h5ad --labels region --genes EPCAM --out T.h5ad   labels and genes of the reference onto the map, or back
+  gears align R.h5ad A.h5ad --out F.h5ad                  the map in the frame and units of slide A; --stack: sections upon each other
+  gears workflow --model M --cells Q1.h5ad Q2.h5ad --out W   many queries, or experiments, as one Snakefile: for two cores or a cluster
   gears saturn --species human=H.h5ad mouse=M.h5ad --embeddings human=H.npz mouse=M.npz --out both.h5ad   one space for two species
   gears perturb fit --screen S.h5ad --model M             learn from a screen of drugs, guides or cytokines; then, for conditions nobody measured:
   gears perturb predict --model M --perturbation A B+C --dose 100 1000 --line K562 --out P.h5ad
@@ -61,7 +72,7 @@ _EXAMPLES = """examples
   gears doctor                                            is this machine ready?
 
 input
-  A slide is an .h5ad or Zarr store with counts in X (or --layer) and positions in obsm['spatial'], an output folder of Space Ranger,
+  A slide is an .h5ad or Zarr store with counts in X (or --layer) and positions in obsm['spatial'], a SpatialData store, an output folder of Space Ranger,
   Xenium, MERSCOPE or CosMx, a table with rows named like 10x12 (.tsv, .tsv.gz), or a folder with expr.csv and coords.csv. Cells
   need no positions; Cell Ranger's .h5 or matrix folder will do. FILE#NAME is one section of a file.
 
@@ -71,15 +82,6 @@ output
   its own), obsp['gears_distances'], obsm['H_gears'] and uns['gears'] (settings, diagnostics, every warning that was printed).
 
 exit codes: 0 done, 1 broke on the way, 2 bad input (nothing was written), 130 interrupted, 143 terminated (the same command continues)
-"""
-_EXPLORE = """what opens: for an .h5ad, true and predicted places with linked selection, and where distances are distorted
-(if the truth is known). With the saved model: attention by recycle and head for any cell, the recycles as a film,
-and the gate under its threshold.
-
-examples
-  gears reconstruct --slides st1.h5ad st2.h5ad --cells sc.h5ad --out placed.h5ad --model-dir model
-  gears explore placed.h5ad --model-dir model
-  gears explore placed.h5ad --model-dir model --export placed.html
 """
 
 # %% ../../nbs/runs/05_cli.ipynb #a63a7ea1
@@ -349,18 +351,7 @@ def _cycle_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", action="store_true", help="also write the contributions themselves, a layer for each field")
     _asking_arguments(add)
 
-# %% ../../nbs/runs/05_cli.ipynb #c4198c8e
-def _explore_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `gears explore` takes."""
-    add = parser.add_argument
-    add("source", metavar="RUN_OR_H5AD", help="what `gears reconstruct` wrote, or the folder of a run, such as that of `gears demo`")
-    add("--model-dir", metavar="DIR", help="the saved model that placed the cells (default: looked for in the folder)")
-    add("--export", metavar="OUT.html", help="write one self-contained page (no kernel, no network) and end")
-    add("--port", type=int, metavar="N", help="port of this machine to serve on (default: a free one)")
-    add("--no-browser", action="store_true", help="only print the address")
-    add("--seed", type=int, default=0, help="which cells are drawn for the attention widgets (default 0)")
-
-
+# %% ../../nbs/runs/05_cli.ipynb #769882c9
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears run` takes."""
     add = parser.add_argument
@@ -402,7 +393,21 @@ def _add_tables(add: Callable[..., argparse.ArgumentParser]) -> None:
                          "  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad\n"
                          "more: --help of each step"))
 
-# %% ../../nbs/runs/05_cli.ipynb #c6871750
+# %% ../../nbs/runs/05_cli.ipynb #b99cd5e0
+_LATE = {"explore": ("explore_any", "look at what any command of gears wrote, and at what the model attended to, in a browser or as one page"),
+         "transfer": ("after", "labels or genes of some tables onto another one, with uncertainty and a rehearsal"),
+         "align": ("after", "a map in the frame and units of a slide; or sections upon each other, in 3-D"),
+         "workflow": ("workflow", "many experiments, many queries or one large query as a Snakefile, for this machine or a cluster")}
+
+
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module of `runs`, imported when it is called."""
+    def call(*args: Any) -> Any:
+        from importlib import import_module
+        return getattr(import_module(f"gears_nb.runs.{module}"), name)(*args)
+    return call
+
+# %% ../../nbs/runs/05_cli.ipynb #01483d55
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `gears` with all commands."""
     parser = _Parser(prog="gears", epilog=_EXAMPLES,
@@ -433,7 +438,8 @@ def build_parser() -> argparse.ArgumentParser:
                              "example\n  gears benchmark --slides st1.h5ad st2.h5ad --cells st3.h5ad --methods gears,knn5,smoothed_knn20,tangram --out table.csv"))
     _peers_arguments(add("peers", "published tools for `gears benchmark`, each in an environment of its own", "examples\n  gears peers list\n  gears peers install moscot"))
     _add_tables(add)
-    _explore_arguments(add("explore", "look at a reconstruction and at what the model attended to, in a browser or as one page", _EXPLORE))
+    for name, (module, text) in _LATE.items():
+        add(name, text).late = _from(module, f"{name}_arguments")
     listing = add("list", "notebooks by chapter, with their parameters; `gears list models`: models by name")
     listing.add_argument("what", nargs="?", choices=("notebooks", "models"), default="notebooks", help="what to list (default notebooks)")
     _run_arguments(add("run", "execute a notebook; the copy goes to runs/", "example\n  gears run first_light -p data=her2st_A,her2st_G -p seeds=3"))
@@ -580,21 +586,7 @@ def _peers(args: argparse.Namespace) -> int:
         print(f"  {name:<11}{peer.title:<11}{peer.version:<8}{'installed' if peer.installed else f'not installed: gears peers install {name}'}")
     return 0
 
-# %% ../../nbs/runs/05_cli.ipynb #rdlist01
-def _explore(args: argparse.Namespace) -> int:
-    from gears_nb.runs.files import check_exists, check_output, model_files
-    check_exists([args.source], "RUN_OR_H5AD")
-    if args.export is None:
-        from gears_nb.attention.explore import serve
-        serve(args.source, args.model_dir, args.seed, port=args.port, browser=not args.no_browser)
-        return 0
-    check_output(args.export, "--export", ".html", [args.source, *model_files(args.model_dir)])
-    from gears_nb.attention.explore import export_page
-    path, names, remarks = export_page(args.source, args.export, args.model_dir, args.seed)
-    print("\n".join([*remarks, f"{path}: {', '.join(names)}"]))
-    return 0
-
-
+# %% ../../nbs/runs/05_cli.ipynb #3931124e
 def _list_models() -> int:
     from gears_nb.models.catalogue import addresses
     for name, address in sorted(addresses().items()):
@@ -673,7 +665,7 @@ def _cycle(args: argparse.Namespace) -> int:
     print("\n".join([*done.table, f"{done.cells} cells, {done.genes} genes: {done.out}"]))
     return 0
 
-# %% ../../nbs/runs/05_cli.ipynb #ec70ffa7
+# %% ../../nbs/runs/05_cli.ipynb #a1e8c058
 def _run(args: argparse.Namespace) -> int:
     from gears_nb.lab.runner import parse_assignments, run
     if args.name == "all":
@@ -701,10 +693,10 @@ def _run_all(profile: str | None) -> int:
 
 
 _COMMANDS = {"demo": _demo, "fit": _fit, "reconstruct": _reconstruct, "evaluate": _evaluate, "diagnose": _diagnose, "readiness": _readiness,
-             "benchmark": _benchmark, "peers": _peers, "explore": _explore, "saturn": _saturn, "perturb": _perturb, "cycle": _cycle, "list": _list,
-             "run": _run, "results": _results, "doctor": _doctor}
+             "benchmark": _benchmark, "peers": _peers, "saturn": _saturn, "perturb": _perturb, "cycle": _cycle, "list": _list,
+             "run": _run, "results": _results, "doctor": _doctor, **{name: _from(module, f"{name}_command") for name, (module, _) in _LATE.items()}}
 
-# %% ../../nbs/runs/05_cli.ipynb #a53fe447
+# %% ../../nbs/runs/05_cli.ipynb #5c11a0bd
 def _teller() -> Callable[..., None]:
     """What prints warnings: ours as one line, each once; all others in Python's own format. A limit of iterations that was reached is a budget, and not told."""
     told: set[str] = set()
@@ -723,7 +715,7 @@ def _teller() -> Callable[..., None]:
 
 _EXTRAS = {"lab": ("papermill", "ot", "geomloss", "gudhi", "harmonypy", "igraph", "nbclient", "nbformat", "ipykernel", "jupyter_client"),
            "view": ("anywidget", "voila", "traitlets", "jupyterlab"), "parquet": ("pyarrow",), "perturb": ("rdkit", "optuna", "gseapy"),
-           "cycle": ("pyarrow", "tensorboard")}
+           "cycle": ("pyarrow", "tensorboard"), "workflow": ("snakemake",), "squidpy": ("squidpy", "spatialdata")}
 
 
 class _Terminated(KeyboardInterrupt):
