@@ -142,7 +142,7 @@ def query_jobs(cells: Sequence[str], options: Sequence[str] = ()) -> dict[str, d
         jobs[unique(slug(Path(files[0]).stem, *([] if section is None else [section])), jobs)] = {"cells": whole, "files": files, "options": list(options), **need}
     return jobs
 
-# %% ../../nbs/runs/15_workflow.ipynb #21766b7e
+# %% ../../nbs/runs/15_workflow.ipynb #513f25e2
 HEAD = '''# Written by `gears workflow`; yours to change. The jobs are listed in config.yaml.
 #
 #   snakemake -n                        what would run
@@ -169,6 +169,8 @@ wildcard_constraints:
 
 localrules: all, table
 '''
+
+# %% ../../nbs/runs/15_workflow.ipynb #dbb0f130
 EXPERIMENTS = HEAD + '''
 RESULTS = [f"results/{job['chapter']}/{name}/results.json" for name, job in JOBS.items()]
 
@@ -185,7 +187,7 @@ rule experiment:
         results="results/{chapter}/{job}/results.json",
         notebook="results/{chapter}/{job}/notebook.ipynb",
         figures=report(directory("results/{chapter}/{job}/figures"), patterns=["{figure}.svg", "{figure}.png"],
-                       category="{chapter}", subcategory="{job}", caption="captions/experiment.rst")
+                       category="{chapter}", labels={"job": "{job}", "figure": "{figure}"}, caption="captions/experiment.rst")
     params:
         notebook=JOB("notebook"), title=JOB("title"), options=JOB("options"), run="results/{chapter}/{job}/run"
     log: "logs/{chapter}/{job}.log"
@@ -202,7 +204,7 @@ rule experiment:
         """
 '''
 
-# %% ../../nbs/runs/15_workflow.ipynb #09ee1cfc
+# %% ../../nbs/runs/15_workflow.ipynb #2bc30d3c
 QUERIES = HEAD + '''
 MODEL = config["model"]
 MAPS = expand("placed/{job}.h5ad", job=JOBS)
@@ -220,7 +222,7 @@ rule query:
     input: JOB("files"), model=MODEL + "/gears.json"
     output:
         placed="placed/{job}.h5ad",
-        page=report("placed/{job}.html", category="Maps", subcategory="{job}", caption="captions/query.rst")
+        page=report("placed/{job}.html", category="Maps", labels={"sample": "{job}"}, caption="captions/query.rst")
     params: cells=JOB("cells"), options=JOB("options")
     log: "logs/{job}.log"
     threads: 1
@@ -229,6 +231,8 @@ rule query:
         "{GEARS} reconstruct --model {MODEL:q} --cells {params.cells:q} --out {output.placed:q} --report {output.page:q}"
         " --quiet {params.options:q} > {log:q} 2>&1"
 '''
+
+# %% ../../nbs/runs/15_workflow.ipynb #3d02c521
 PARTS = '''
 PART = PYTHON + " -m gears_nb.runs.workflow"
 
@@ -256,7 +260,7 @@ rule merge:  # one map; parts/ may be deleted afterwards
     input: JOB("files"), plan="parts/{job}/plan.json", parts=[f"parts/{{job}}/part-{i}.json" for i in range(config["parts"])]
     output:
         placed="placed/{job}.h5ad",
-        page=report("placed/{job}.html", category="Maps", subcategory="{job}", caption="captions/query.rst")
+        page=report("placed/{job}.html", category="Maps", labels={"sample": "{job}"}, caption="captions/query.rst")
     params: cells=JOB("cells"), folder="parts/{job}"
     log: "logs/{job}.log"
     threads: 1
@@ -265,6 +269,8 @@ rule merge:  # one map; parts/ may be deleted afterwards
         "{PART} merge --model {MODEL:q} --cells {params.cells:q} --folder {params.folder:q} --out {output.placed:q}"
         " --report {output.page:q} > {log:q} 2>&1"
 '''
+
+# %% ../../nbs/runs/15_workflow.ipynb #baf65008
 HERE = "# read by every snakemake in this folder\nrerun-incomplete: true  # what was killed half-way starts anew\n"
 SLURM = '''# snakemake --profile profiles/slurm, run on the login node; it stays in the foreground (tmux, or a small job of its own).
 # Needs Python 3.11 or newer: pip install 'gears_nb[workflow]' brings the executor.
