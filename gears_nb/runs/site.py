@@ -173,7 +173,7 @@ def exhibits(figures: Path | None = None, root: Path | None = None, only: Sequen
     place = lambda e: (order.index(e.book.chapter) if e.book.chapter in order else len(order), e.book.path.name, e.key)
     return sorted(shown, key=place)
 
-# %% ../../nbs/runs/16_site.ipynb #7c7ecd1d
+# %% ../../nbs/runs/16_site.ipynb #a931dd74
 def inline(text: str) -> str:
     """One line of Markdown (code, emphasis, formulas, links as their words) as HTML."""
     text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)
@@ -198,7 +198,8 @@ def verdict_words(verdicts: tuple[int, int, int]) -> str:
 
 def card(shown: Exhibit, image: str, link: str) -> str:
     """HTML of one exhibit; `image` and `link` are addresses seen from the gallery."""
-    title = inline(shown.book.title) + ("" if shown.key == shown.book.key else f" <small>{markup.escape(shown.key.split('/')[-1])}</small>")
+    name = shown.key.split("/")[-1]
+    title = inline(shown.book.title) + ("" if name in shown.book.name else f" <small>{markup.escape(name)}</small>")  # which of a notebook's results
     mark = f'<span class="stale" title="{markup.escape(shown.stale)}">stale</span>' if shown.stale else ""
     return (f'<article class="card" id="{shown.key.replace("/", "-")}"><a class="shot" href="{link}" tabindex="-1" aria-hidden="true">'
             f'<img loading="lazy" src="{image}" alt="A figure of the notebook {markup.escape(shown.book.title)}"></a>'
@@ -226,7 +227,7 @@ def gallery_page(folder: Path, shown: Sequence[Exhibit]) -> str:
         text += [f"## {title}", "", line[:1].upper() + line[1:] + ".", "", '<div class="gallery">', *cards, "</div>", ""]
     return "\n".join(text)
 
-# %% ../../nbs/runs/16_site.ipynb #8209d2fb
+# %% ../../nbs/runs/16_site.ipynb #991286a2
 def module_of(book: Notebook) -> str | None:
     """The module that a notebook exports (`data.io`), None if it exports none."""
     for cell in json.loads(book.path.read_text(encoding="utf-8"))["cells"]:
@@ -244,7 +245,7 @@ def chapter_page(name: str, books: Sequence[Notebook], modules: Mapping[str, str
     rows = []
     for book in books:
         own, result = modules.get(book.key), results.get(book.key)
-        reference = f"[`{own}`](../../api/{own.replace('.', '/')}.md)" if own else ""
+        reference = f"[`{own.partition('.')[2]}`](../../api/{own.replace('.', '/')}.md)" if own else ""
         seen = f"[{verdict_words(result.verdicts)}](../../gallery.md#{result.key.replace('/', '-')})" if result else ""
         name_ = book.title.replace("|", "\\|")
         rows.append(f"| [{name_}]({book.path.name})<br><small>{inline(book.subtitle).replace('|', '&#124;')}</small> | {reference} | {seen} |")

@@ -171,7 +171,7 @@ _CONTRAST = """() => {
     return out.filter(([ratio, wanted]) => ratio < wanted).sort((a, b) => a[0] - b[0]);
 }"""
 
-# %% ../../nbs/runs/20_site_check.ipynb #2c67ea17
+# %% ../../nbs/runs/20_site_check.ipynb #e7b1f2ea
 @dataclass
 class Visit:
     """What one page asked for and showed: requests, bytes, seconds until complete, and what went wrong."""
@@ -211,11 +211,12 @@ def visit(browser: Browser, base: str, name: str, dark: bool = False, width: int
 
 
 def _to_the_end(page: Page) -> None:
-    """Scroll down screen by screen, so that lazy pictures load, and wait for them."""
+    """Ask for the pictures that wait to be seen too, and wait for all of them, and for what fades in."""
     page.evaluate("""async () => {
-        for (let y = 0; y < document.body.scrollHeight; y += innerHeight) { scrollTo(0, y); await new Promise(done => setTimeout(done, 30)); }
-        scrollTo(0, 0);
-        await Promise.all([...document.images].map(i => i.complete ? null : new Promise(done => { i.onload = i.onerror = done; setTimeout(done, 20000); })));
+        const later = milliseconds => new Promise(done => setTimeout(done, milliseconds));
+        for (const image of document.images) image.loading = "eager";
+        await Promise.all([...document.images].map(i => i.complete ? null : Promise.race([later(60000), new Promise(done => { i.onload = i.onerror = done; })])));
+        await later(300);
     }""")
 
 # %% ../../nbs/runs/20_site_check.ipynb #70557231
@@ -246,7 +247,7 @@ def check_browser(site: Path, pages: Sequence[str], words: str, wanted: str) -> 
                 faults.append(f"search at {where.partition(':')[0]}: {words!r} finds {found[:3]}, not {wanted!r}")
     return visits, list(dict.fromkeys([f for v in [*visits, *more] for f in v.faults] + faults))
 
-# %% ../../nbs/runs/20_site_check.ipynb #aee7a852
+# %% ../../nbs/runs/20_site_check.ipynb #d3358051
 OPENED = ("index.html", "gallery.html", "nbs/index.html", "nbs/site/start.html", "nbs/geometry/01_gauge.html", "nbs/generators/01_small_vae.html", "api/index.html",
           "api/reconstruct/facade.html")
 
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check `_docs/`, with `--browser` in Chromium too; exit code 0 if nothing is wrong, 1 if something is, 2 if there is no site or no browser."""
     arguments, site = sys.argv[1:] if argv is None else argv, repo_root() / "_docs"
     try:
-        faults, visits = check_text(site, quiet=False), []
+        faults, visits = check_text(site, quiet=not sys.stderr.isatty()), []
         if "--browser" in arguments:
             visits, more = check_browser(site, [p for p in OPENED if (site / p).is_file()], "procrustes", "auge")
             faults += more
