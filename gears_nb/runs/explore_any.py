@@ -225,7 +225,7 @@ def _two_states(X: np.ndarray) -> AnnData:
     import anndata
     return anndata.AnnData(X, obsm={"X_both": components(X, 50) if X.shape[1] > 50 else X})
 
-# %% ../../nbs/runs/18_explore_any.ipynb #c6daf5ab
+# %% ../../nbs/runs/18_explore_any.ipynb #8adfca2c
 def contribution_views(adata: AnnData, name: str, genes: Sequence[str] = (), basis: str = "pca", seed: int = 0) -> list[MapView]:
     """The view of `gears cycle contributions`: cells as measured and, with `--parts`, without what the contexts add; coloured by how much each field contributes."""
     table = adata[_some(adata.n_obs, seed)]
@@ -243,6 +243,9 @@ _MAKES = {"reconstruction": reconstruction_views, "counterfactual": change_views
           "alignment": embedding_views, "embedding": embedding_views}
 
 
+_BASES = {"reconstruction": ("pca",), "counterfactual": ("pca", "umap"), "prediction": ("pca", "umap"), "contributions": ("pca",)}
+
+
 def explore_result(adata: AnnData, name: str = "result", *, genes: Sequence[str] = (), basis: str = "pca", seed: int = 0) -> list[MapView]:
     """The maps that suit a result of any chapter (`KINDS`). `genes`: colours beside those that vary or change most; `basis`: `pca`, `umap` or an entry of obsm, for what has no place of its own; `seed`: of UMAP and of the draw above `CELLS` cells.
 
@@ -250,6 +253,9 @@ def explore_result(adata: AnnData, name: str = "result", *, genes: Sequence[str]
     kind = recognise(adata, name)
     if adata.n_obs < 3:
         raise InputError(name, "cells", f"{adata.n_obs} of them make no map", "give at least three")
+    allowed = _BASES.get(kind)
+    if allowed and basis not in allowed:
+        raise InputError(name, "basis", f"{basis} means nothing to a {kind}, which is laid out by {'its own places' if kind == 'reconstruction' else 'both states together'}", f"leave it out{', or use umap' if 'umap' in allowed else ''}")
     return _MAKES[kind](adata, name, genes, basis, seed)
 
 # %% ../../nbs/runs/18_explore_any.ipynb #03d2a62e
