@@ -219,7 +219,7 @@ def _to_the_end(page: Page) -> None:
         await later(300);
     }""")
 
-# %% ../../nbs/runs/20_site_check.ipynb #70557231
+# %% ../../nbs/runs/20_site_check.ipynb #edb52113
 def search(browser: Browser, address: str, words: str, patience: float = 60) -> list[str]:
     """Titles of the pages that the search of the page at `address` finds for `words`; empty if it finds none within `patience` seconds."""
     page = browser.new_page()
@@ -234,13 +234,13 @@ def search(browser: Browser, address: str, words: str, patience: float = 60) -> 
     return found
 
 
-def check_browser(site: Path, pages: Sequence[str], words: str, wanted: str) -> tuple[list[Visit], list[str]]:
-    """Visits to `pages` of the site, light, dark and as narrow as a telephone, and every fault: theirs, and where the search for `words` does not find a title that holds `wanted`."""
+def check_browser(site: Path, pages: Sequence[str], words: str, wanted: str,
+                  ways: Sequence[tuple[bool, int]] = ((True, 1300), (False, 400))) -> tuple[list[Visit], list[str]]:
+    """Visits to `pages` of the site, and every fault: theirs, also in other `ways` (dark or not, pixels wide), and where the search for `words` finds no title that holds `wanted`."""
     faults: list[str] = []
     with served(site) as base, chromium() as browser:
-        browser.new_page().close()
         visits = [visit(browser, base, name) for name in pages]
-        more = [visit(browser, base, name, dark, width) for name in pages for dark, width in ((True, 1300), (False, 400))]
+        more = [visit(browser, base, name, dark, width) for name in pages for dark, width in ways]
         for where in (base, site.resolve().as_uri()):
             found = search(browser, f"{where}/index.html", words)
             if not any(wanted in title for title in found):
