@@ -389,7 +389,7 @@ def needs_kernel(source: str | Path) -> bool:
     source = Path(source)
     return not (source.is_dir() and _sources(source)) if source.is_dir() else source.suffix.lower() != ".h5ad" or "X_gears" in _fields(source)
 
-# %% ../../nbs/runs/18_explore_any.ipynb #37402f75
+# %% ../../nbs/runs/18_explore_any.ipynb #adc784fc
 EXPLORE = """what opens, by what the file is:
   gears reconstruct       true and predicted places with linked selection, a verdict on what may be concluded, tables to save; with the saved
                           model also attention by recycle and head for any cell, the recycles as a film, and the gate under its threshold
@@ -409,7 +409,7 @@ examples
 
 def explore_arguments(parser: argparse.ArgumentParser) -> None:
     """What `gears explore` takes."""
-    add = parser.add_argument
+    parser.epilog, add = EXPLORE, parser.add_argument
     add("source", metavar="RUN_OR_H5AD", help="what a command of gears wrote (.h5ad), the folder of a run such as that of `gears demo`, or a folder of aligned sources")
     add("--model-dir", metavar="DIR", help="the saved model that placed the cells (default: looked for in the folder)")
     add("--export", metavar="OUT.html", help="write one self-contained page (no kernel, no network) and end")
