@@ -254,6 +254,18 @@ def test_a_stack_is_read_as_sections(tmp_path, jitter):
     refused(tmp_path / "stack.h5ad", "40 spots, at least 50 are needed", min_spots=50, slide_key="z")
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_levels_are_found_and_not_made_up(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 12, 3000)
+    where = np.cumsum(rng.uniform(50, 400, 12))
+    np.testing.assert_array_equal(depth_levels(where[truth] + rng.normal(size=3000)), truth)
+    np.testing.assert_array_equal(depth_levels(where[truth]), truth)
+    for n in (20, 200, 2000):
+        assert depth_levels(rng.random(n)) is None and depth_levels(rng.normal(size=n)) is None
+        assert depth_levels(np.r_[rng.random(n), 5.0]) is None  # a cell far off is no section
+
+
 def test_helper_keeps_order_and_leaves_the_table_alone():
     whole = stack([7, -3])
     before = whole.copy()

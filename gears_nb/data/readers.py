@@ -440,33 +440,45 @@ def read_spatialdata(store: str | Path, name: str | None = None, *, spatial: boo
     several = keys is not None and adata.obs[keys[0]].nunique() > 1
     return adata, keys[0] if several else None, rest
 
-# %% ../../nbs/data/12_readers.ipynb #1d551c38
+# %% ../../nbs/data/12_readers.ipynb #ffc63f1a
 MOST_LEVELS = 200
 "Sections that a stack may have at most."
+
+
+def _gap(gaps: np.ndarray, most: int, ratio: float) -> float | None:
+    """The largest of the `gaps` (u - 1,) between sorted depths that lie within a level: below the largest jump of gap sizes.
+
+    `most`: levels that there may be; `ratio`: least jump. None if there is no such jump.
+    """
+    steps, times = np.unique(gaps, return_counts=True)
+    above = len(gaps) - np.cumsum(times)[:-1]  # gaps between levels, for a cut after each step
+    jump = np.where(above < most, steps[1:] / steps[:-1], 0.0)
+    return float(steps[jump.argmax()]) if len(jump) and jump.max() >= ratio else None
 
 
 def depth_levels(depth: np.ndarray, tolerance: float | None = None, least: int = 3) -> np.ndarray | None:
     """The number (n,) of the level, from below, at which each of the values `depth` (n,) lies; None if they form no levels.
 
-    `tolerance`: values no further apart than this are one level (default: found, from the gaps between the values; at least three times the
-    largest gap within a level). `least`: rows that a level needs on average. Missing values make it None.
+    `tolerance`: values no further apart than this are one level (default: found, from the gaps between the values; of few values each is a
+    level, but for errors of rounding). Levels are less than half as thick as the distance between them. `least`: rows that every level
+    needs. Missing values make it None.
     """
     if len(depth) == 0 or not np.isfinite(depth).all():
         return None
     values = np.unique(depth)
-    gaps = np.diff(values)
+    gaps, most = np.diff(values), min(MOST_LEVELS, len(depth) // least)
     if tolerance is None:
-        steps = np.unique(gaps)
-        jump = steps[1:] / steps[:-1]
-        stacked = len(values) <= MOST_LEVELS and least * len(values) <= len(depth)
-        tolerance = 0.0 if stacked else float(steps[np.argmax(jump)]) if len(jump) and jump.max() >= 3 else np.inf
+        few = len(values) <= most
+        found = _gap(gaps, most, 1000.0 if few else 3.0)
+        tolerance = found if found is not None else 0.0 if few else np.inf
     level = np.r_[0, np.cumsum(gaps > tolerance)]
     count = int(level[-1]) + 1
-    if not 2 <= count <= MOST_LEVELS or least * count > len(depth):
+    rows = level[np.searchsorted(values, depth)]
+    if not 2 <= count <= most or np.bincount(rows).min() < least:
         return None
     low, high = np.searchsorted(level, np.arange(count)), np.searchsorted(level, np.arange(count), side="right") - 1
     thick, apart = (values[high] - values[low]).max(), (values[low[1:]] - values[high[:-1]]).min()
-    return level[np.searchsorted(values, depth)] if 2 * thick < apart or tolerance == 0 else None
+    return rows if 2 * thick < apart else None
 
 # %% ../../nbs/data/12_readers.ipynb #1078c67d
 def _depth_sections(adata: AnnData, source: str, axis: str, levels: np.ndarray, keep: bool = False) -> AnnData:
