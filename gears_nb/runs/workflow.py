@@ -106,7 +106,7 @@ def experiment_jobs(names: Sequence[str], profile: str | None = None, params: Ma
                           **guess(record, str(checked.get("profile", "")))}
     return jobs
 
-# %% ../../nbs/runs/15_workflow.ipynb #4ce86989
+# %% ../../nbs/runs/15_workflow.ipynb #7b9bba29
 def count_cells(source: str) -> int | None:
     "Rows of an .h5ad file, or None where that is not quickly known."
     import h5py
@@ -137,7 +137,7 @@ def query_jobs(cells: Sequence[str], options: Sequence[str] = ()) -> dict[str, d
         files = [os.path.abspath(part) for part in ([text] if Path(text).exists() else text.split("+"))]
         check_braces(files[0], "--cells")
         count = count_cells(files[0])
-        need = dict(USUAL) if count is None else {"mem_mb": 2000 + count * 60 // 1000, "minutes": 15 + count // 7000}
+        need = dict(USUAL) if count is None else {"mem_mb": 2000 + count * 30 // 1000, "minutes": 15 + count // 7000}
         whole = "+".join(files) + ("" if section is None else f"#{section}")
         jobs[unique(slug(Path(files[0]).stem, *([] if section is None else [section])), jobs)] = {"cells": whole, "files": files, "options": list(options), **need}
     return jobs
@@ -170,9 +170,9 @@ wildcard_constraints:
 localrules: all, table
 '''
 
-# %% ../../nbs/runs/15_workflow.ipynb #dbb0f130
+# %% ../../nbs/runs/15_workflow.ipynb #71344a8a
 EXPERIMENTS = HEAD + '''
-RESULTS = [f"results/{job['chapter']}/{name}/results.json" for name, job in JOBS.items()]
+RESULTS = ["results/%s/%s/results.json" % (job["chapter"], name) for name, job in JOBS.items()]
 
 rule all:
     input: "table.csv", RESULTS
@@ -232,7 +232,7 @@ rule query:
         " --quiet {params.options:q} > {log:q} 2>&1"
 '''
 
-# %% ../../nbs/runs/15_workflow.ipynb #3d02c521
+# %% ../../nbs/runs/15_workflow.ipynb #0d1b674a
 PARTS = '''
 PART = PYTHON + " -m gears_nb.runs.workflow"
 
@@ -257,7 +257,7 @@ rule part:  # ask the model about a share of the patches
     shell: "{PART} part --model {MODEL:q} --folder {params.folder:q} --part {wildcards.part} > {log:q} 2>&1"
 
 rule merge:  # one map; parts/ may be deleted afterwards
-    input: JOB("files"), plan="parts/{job}/plan.json", parts=[f"parts/{{job}}/part-{i}.json" for i in range(config["parts"])]
+    input: JOB("files"), plan="parts/{job}/plan.json", parts=["parts/{job}/part-%d.json" % i for i in range(config["parts"])]
     output:
         placed="placed/{job}.h5ad",
         page=report("placed/{job}.html", category="Maps", labels={"sample": "{job}"}, caption="captions/query.rst")
@@ -270,8 +270,11 @@ rule merge:  # one map; parts/ may be deleted afterwards
         " --report {output.page:q} > {log:q} 2>&1"
 '''
 
-# %% ../../nbs/runs/15_workflow.ipynb #baf65008
-HERE = "# read by every snakemake in this folder\nrerun-incomplete: true  # what was killed half-way starts anew\n"
+# %% ../../nbs/runs/15_workflow.ipynb #f68ddc24
+HERE = '''# read by every snakemake in this folder
+rerun-incomplete: true # what was killed half-way starts anew
+show-failed-logs: true # what a broken job said
+'''
 SLURM = '''# snakemake --profile profiles/slurm, run on the login node; it stays in the foreground (tmux, or a small job of its own).
 # Needs Python 3.11 or newer: pip install 'gears_nb[workflow]' brings the executor.
 executor: slurm
