@@ -389,7 +389,7 @@ def fuse_blocks(fusion: Fusion, stitched: Stitched, workers: int = 1, size: int 
     error = table @ fusion.error[:-1] + fusion.error[-1] + share[0] * unit * faults
     return replace(stitched, distance=distance), error, share
 
-# %% ../../nbs/reconstruct/21_large.ipynb #4b36641c
+# %% ../../nbs/reconstruct/21_large.ipynb #7bf3375a
 AT_REST, PER_CELL = 1.2e9, 9_000  # bytes: libraries and blocks in work; what a cell adds
 
 
@@ -405,7 +405,7 @@ def _told(n_cells: int) -> int:
         warnings.warn(f"{n_cells} cells need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", GearsWarning, stacklevel=3)
     return need
 
-
+# %% ../../nbs/reconstruct/21_large.ipynb #ea9e10ef
 def _geometry(models: Sequence[GeometryModel], H: np.ndarray, cover: Patches, config: PatchConfig, seed: int, workers: int, show: bool) -> PatchGeometry:
     "`patch_geometry`, in blocks of 32 batches; one block for a model that draws, whose draws go on from batch to batch."
     drawn = any(model.stochastic for model in models)
