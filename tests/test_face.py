@@ -84,11 +84,12 @@ IMPORTED_AS = {"umap-learn": "umap", "scvi-tools": "scvi", "scikit-learn": "skle
 # started by name, or brought along so that another package can do something
 NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel": "the kernel of every notebook", "igraph": "Leiden clusters of scanpy",
                 "execnb": "nbdev breaks with newer ones", "ghapi": "nbdev breaks with newer ones", "setuptools": "setup.py", "ruff": "make lint",
-                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs",
+                "mypy": "make types", "coverage": "make coverage", "pre-commit": "hooks", "pytest-xdist": "make test", "mkdocs-material": "make docs", "mkdocs-jupyter": "make docs", "mkdocstrings": "make docs",
+                "snakemake": "gears workflow", "snakemake-executor-plugin-slurm": "gears workflow, on a cluster",
                 "tensorboard": "torch.utils.tensorboard"}
 # parts of declared packages, or pulled in by them for certain
 COMES_ALONG = {"IPython": "ipykernel", "traitlets": "anywidget", "jupyter_client": "ipykernel", "PIL": "matplotlib", "packaging": "anndata",
-               "threadpoolctl": "scikit-learn", "zarr": "anndata", "statsmodels": "scanpy", "spatialdata": "squidpy"}
+               "threadpoolctl": "scikit-learn", "zarr": "anndata", "statsmodels": "scanpy", "spatialdata": "squidpy", "mkdocs": "mkdocs-material"}
 
 
 OF_THEIR_OWN = {"novosparc", "moscot", "tangram", "CeLEry"}  # imported by benchmark/adapters.py in environments that peers.ini describes
@@ -102,7 +103,7 @@ def settings():
 
 def declared():
     """{extra, or '' for the core: names}"""
-    plain = lambda text: [re.split(r"[<>=]", item)[0] for item in text.split()]
+    plain = lambda text: [re.split(r"[<>=;\[]", item)[0] for item in text.split()]
     return {key.removesuffix("requirements").rstrip("_"): plain(value) for key, value in settings().items() if key.endswith("requirements")}
 
 

@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(self.prog, "arguments", message.replace("\n", " "), f"{self.prog} --help shows what it takes")
 
-# %% ../../nbs/runs/05_cli.ipynb #7ea0d693
+# %% ../../nbs/runs/05_cli.ipynb #2eaa3ba3
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
@@ -74,7 +74,8 @@ _EXAMPLES = """examples
 input
   A slide is an .h5ad or Zarr store with counts in X (or --layer) and positions in obsm['spatial'], a SpatialData store, an output folder of Space Ranger,
   Xenium, MERSCOPE or CosMx, a table with rows named like 10x12 (.tsv, .tsv.gz), or a folder with expr.csv and coords.csv. Cells
-  need no positions; Cell Ranger's .h5 or matrix folder will do. FILE#NAME is one section of a file.
+  need no positions; Cell Ranger's .h5 or matrix folder will do. FILE#NAME is one section of a file;
+  of a SpatialData store: STORE.zarr#TABLE, #REGION or #TABLE/REGION.
 
 output
   OUT.h5ad holds every cell under its barcode, with obsm['X_gears'] (places), obs['gears_confidence'], obs['gears_note'] (why a cell has no
@@ -84,10 +85,10 @@ output
 exit codes: 0 done, 1 broke on the way, 2 bad input (nothing was written), 130 interrupted, 143 terminated (the same command continues)
 """
 
-# %% ../../nbs/runs/05_cli.ipynb #a63a7ea1
+# %% ../../nbs/runs/05_cli.ipynb #ebcee8a2
 def _table_arguments(add: Callable[..., Any]) -> None:
     """How tables are read, the same for every command that reads slides."""
-    add("--slide-key", metavar="COLUMN", help="obs column that tells sections apart (default: slide, library_id or sample; none: one section)")
+    add("--slide-key", metavar="COLUMN", help="obs column that tells sections apart (default: slide, library_id or sample; none: one section; z: sections of a stack, by depth)")
     add("--plane", choices=("xy", "xz", "yz"), help="which two of three coordinates lie in the section")
     add("--layer", metavar="NAME", help="take the counts from this layer (raw: from .raw) instead of X")
 

@@ -159,11 +159,12 @@ def _check_report(report: str | Path, suffixes: Sequence[str], inputs: Sequence[
     if ending == ".json":
         _check_findings(Path(report))
 
-# %% ../../nbs/runs/09_diagnose_report.ipynb #cc9b3342
+# %% ../../nbs/runs/09_diagnose_report.ipynb #7213ddcb
 def _read_all(slides: Sequence[str | Path], cells: str | Path | None, report: str | Path | None, profile: str, suffixes: Sequence[str], *, slide_key: str | None,
               plane: str | None, layer: str | None) -> tuple[list[AnnData], AnnData | None]:
     "Slides and cells from files, after all refusals that need no data."
-    from gears_nb.data.io import parse_source, read, read_many
+    from gears_nb.data.io import parse_source
+    from gears_nb.data.readers import read, read_many
     from gears_nb.encoder.diagnose import SETTINGS
 
     inputs = [*slides, *([cells] if cells is not None else [])]

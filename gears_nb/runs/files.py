@@ -29,7 +29,7 @@ __all__ = ['check_output', 'model_files', 'check_model_folder', 'check_cache', '
            'obtain_model', 'saved_model', 'OutputError', 'save_model', 'Placed', 'Inputs', 'read_inputs',
            'reconstruct_files', 'fit_files', 'named_after', 'diagnostics_of', 'evaluate_files']
 
-# %% ../../nbs/runs/08_files.ipynb #2c299ee2
+# %% ../../nbs/runs/08_files.ipynb #3d6d0e2d
 def _is_input(path: Path, inputs: Sequence[str | Path]) -> bool:
     "Whether `path`, links followed, is a file that reading `inputs` opens, or lies in a Zarr store among them."
     from gears_nb.data.formats import is_zarr
@@ -39,7 +39,7 @@ def _is_input(path: Path, inputs: Sequence[str | Path]) -> bool:
     stores = [Path(os.path.realpath(parse_source(i)[0])) for i in inputs]
     if any(s.is_dir() and (s == real or (s in real.parents and is_zarr(s))) for s in stores):
         return True
-    files = [f for i in inputs for f in real_files(i)]
+    files = [f for i in inputs if not is_zarr(Path(parse_source(i)[0])) for f in real_files(i)]  # a store has thousands, all of them inside
     return any(real == f or (real.exists() and f.exists() and os.path.samefile(real, f)) for f in files)
 
 
@@ -227,10 +227,10 @@ class Inputs:
     cells: AnnData
     slide_key: str | None
 
-# %% ../../nbs/runs/08_files.ipynb #007326bd
+# %% ../../nbs/runs/08_files.ipynb #7e0cee8f
 def _read_cells(cells: str | Path, slide_key: str | None, **how: Any) -> tuple[AnnData, str | None]:
     "The cells, and the key of their sections: `slide_key`, unless they lack that column, which may tell slides apart only."
-    from gears_nb.data.io import read
+    from gears_nb.data.readers import read
 
     query = read(cells, spatial=False, slide_key=slide_key, **how)
     return query, slide_key if slide_key in (None, "none") or slide_key in query.obs else None
@@ -240,7 +240,8 @@ def read_inputs(slides: Sequence[str | Path], cells: str | Path, config: GearsCo
                 plane: str | None = None, layer: str | None = None) -> Inputs:
     "Read slides and cells, and refuse what would only be refused after training: sections, genes to colour by, too few cells."
     from gears_nb.core.progress import working
-    from gears_nb.data.io import read_many, writable
+    from gears_nb.data.io import writable
+    from gears_nb.data.readers import read_many
     from gears_nb.data.sections import section_labels
     from gears_nb.reconstruct.facade import FEWEST
 
@@ -350,7 +351,7 @@ def _write_all(result: AnnData, out: str | Path, page: str | None, report: str |
     if model_dir is not None:
         save_model(model, model_dir)
 
-# %% ../../nbs/runs/08_files.ipynb #daad6a1e
+# %% ../../nbs/runs/08_files.ipynb #bf632bf6
 def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | Path | None = None, *, profile: str = "toy", seed: int = 0,
               min_genes: int | None = None, overrides: Sequence[str] | Mapping[str, Any] = (), progress: bool = True, slide_key: str | None = None,
               plane: str | None = None, layer: str | None = None) -> Gears:
@@ -363,7 +364,7 @@ def fit_files(slides: Sequence[str | Path], model_dir: str | Path, cells: str | 
 
     config = _model_or_config(slides, model_dir, profile, seed, min_genes, overrides, progress)[1]
     from gears_nb.core.progress import working
-    from gears_nb.data.io import read_many
+    from gears_nb.data.readers import read_many
 
     with named_after({"cells": cells} if cells is not None else {}), keep_training():
         with working("reading", progress):
@@ -455,7 +456,7 @@ def _report_text(name: str, result: AnnData, slides: Sequence[AnnData], model: G
     return render_report(f"{name}, reconstructed", views, subtitle="Positions from gene expression alone.", scores=scores, risk=risk,
                          histories=model.history, diagnostics=_story(result, {title: label for title, (label, _) in parts.items()}), footer=", ".join(f"{k} {v}" for k, v in versions_info().items()))
 
-# %% ../../nbs/runs/08_files.ipynb #37945206
+# %% ../../nbs/runs/08_files.ipynb #9ed7f2c6
 def _positions(adata: AnnData, source: str, keys: Sequence[str], plane: str | None) -> np.ndarray:
     """The first of `obsm[keys]` as (n, 2) floats, NaN where unusable; `InputError` when there is none. Warns about what is left out."""
     from gears_nb.data.validate import positions
@@ -473,7 +474,8 @@ def _positions(adata: AnnData, source: str, keys: Sequence[str], plane: str | No
 
 def _for_scoring(path: str | Path) -> AnnData:
     "The table of a file or folder, or the section of it that `FILE#SECTION` names, with unique barcodes."
-    from gears_nb.data.io import parse_source, read, read_h5ad, take_sample
+    from gears_nb.data.io import parse_source, read_h5ad, take_sample
+    from gears_nb.data.readers import read
 
     name, section = parse_source(path, None)
     table = read_h5ad(Path(name)) if Path(name).suffix == ".h5ad" else read(name, spatial=True, counts=False)
