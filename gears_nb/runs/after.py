@@ -380,7 +380,7 @@ def transfer_command(args: argparse.Namespace) -> int:
     print("\n".join([*transfer_told(record), f"written: {args.out}"]))
     return 0
 
-# %% ../../nbs/runs/14_after.ipynb #d0688879
+# %% ../../nbs/runs/14_after.ipynb #89fc2453
 _ALIGN = """what comes out: OUT.h5ad with obsm['spatial'] in the frame and unit of SLIDE (what was there goes to obsm['spatial_before']), and uns['gears_frame']
 with --stack: all rows in one table with obsm['spatial_3d'] in the frame of the first section, obs['gears_layer'], uns['gears_stack']
 
@@ -398,7 +398,7 @@ examples
 def align_arguments(parser: argparse.ArgumentParser) -> None:
     "What `gears align` takes."
     parser.epilog, add = parser.epilog or _ALIGN, parser.add_argument
-    add("maps", nargs="+", metavar="MAP [SLIDE]", help="a result of gears reconstruct, and the slide (FILE or FILE#SECTION) whose frame it should have; with --stack, two or more sections")
+    add("maps", nargs="+", metavar="FILE", help="MAP, a result of gears reconstruct, and SLIDE (or SLIDE#SECTION), whose frame it should have; with --stack, two or more sections")
     add("--landmarks", metavar="FILE.csv", help="instead of SLIDE: columns barcode, x, y; true places of three or more cells of MAP")
     add("--truth", metavar="FILE", help="instead of SLIDE: a file with positions of some of the cells, matched by barcode")
     add("--stack", action="store_true", help="lay consecutive sections upon each other, in the order given")
