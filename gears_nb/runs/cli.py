@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(self.prog, "arguments", message.replace("\n", " "), f"{self.prog} --help shows what it takes")
 
-# %% ../../nbs/runs/05_cli.ipynb #2eaa3ba3
+# %% ../../nbs/runs/05_cli.ipynb #a3ac902d
 _EXAMPLES = """examples
   gears demo                                              a simulated tissue, reconstructed, scored and shown
   gears reconstruct --slides A.h5ad B.h5ad --cells Q.h5ad --out R.h5ad --report R.html
@@ -59,6 +59,7 @@ _EXAMPLES = """examples
   gears explore demo                                      what the model looked at, in a browser; --export PAGE.html: in one file
   gears transfer --from A.h5ad B.h5ad --to R.h5ad --labels region --genes EPCAM --out T.h5ad   labels and genes of the reference onto the map, or back
   gears align R.h5ad A.h5ad --out F.h5ad                  the map in the frame and units of slide A; --stack: sections upon each other
+  gears large --model M --cells million.h5ad --out L.h5ad   a million cells: counts are never held whole
   gears workflow --model M --cells Q1.h5ad Q2.h5ad --out W   many queries, or experiments, as one Snakefile: for two cores or a cluster
   gears saturn --species human=H.h5ad mouse=M.h5ad --embeddings human=H.npz mouse=M.npz --out both.h5ad   one space for two species
   gears perturb fit --screen S.h5ad --model M             learn from a screen of drugs, guides or cytokines; then, for conditions nobody measured:
@@ -394,10 +395,11 @@ def _add_tables(add: Callable[..., argparse.ArgumentParser]) -> None:
                          "  gears cycle contributions --model model --cells cells.h5ad --out parts.h5ad\n"
                          "more: --help of each step"))
 
-# %% ../../nbs/runs/05_cli.ipynb #b99cd5e0
+# %% ../../nbs/runs/05_cli.ipynb #36f089d4
 _LATE = {"explore": ("explore_any", "look at what any command of gears wrote, and at what the model attended to, in a browser or as one page"),
-         "transfer": ("after", "labels or genes of some tables onto another one, with uncertainty and a rehearsal"),
-         "align": ("after", "a map in the frame and units of a slide; or sections upon each other, in 3-D"),
+         "transfer": ("after", "labels or genes of slides onto cells, or back, with what held-out sections say of each"),
+         "align": ("after", "a map in the frame and unit of a slide, or of landmarks; --stack: sections one upon the other"),
+         "large": ("large", "place a file of any size by a saved model, in blocks: its counts are never held whole"),
          "workflow": ("workflow", "many experiments, many queries or one large query as a Snakefile, for this machine or a cluster")}
 
 

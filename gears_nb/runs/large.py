@@ -18,20 +18,20 @@ from .files import check_apart, check_exists, check_output, model_files, named_a
 # %% auto #0
 __all__ = ['EXAMPLES', 'large_arguments', 'large_command']
 
-# %% ../../nbs/runs/19_large.ipynb #800e5934
+# %% ../../nbs/runs/19_large.ipynb #75b2ec78
 EXAMPLES = """examples:
-  gears fit --slides st1.h5ad st2.h5ad --model-dir model      learn once
-  gears large --model-dir model --cells big.h5ad --out map.h5ad
-  gears large --model-dir model --cells big.h5ad --out map.h5ad --workers 8 --device cuda
+  gears fit --slides st1.h5ad st2.h5ad --model model      learn once
+  gears large --model model --cells big.h5ad --out map.h5ad
+  gears large --model model --cells big.h5ad --out map.h5ad --workers 8 --device cuda
 
 A million cells take about 30 CPU minutes and 10 GiB; the file must be stored by rows (adata.X = adata.X.tocsr())."""
 
 
 def large_arguments(parser: argparse.ArgumentParser) -> None:
     "The options of `gears large`."
-    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("--cells", required=True, metavar="FILE", help=".h5ad of the cells of one section: it is opened, and never read whole")
-    parser.add_argument("--model-dir", required=True, metavar="DIR", help="a trained model, as `gears fit` or `gears reconstruct` wrote it")
+    parser.add_argument("--model", "--model-dir", required=True, dest="model_dir", metavar="DIR", help="a trained model, as `gears fit` or `gears reconstruct` wrote it")
     parser.add_argument("--out", required=True, metavar="FILE", help=".h5ad to write: the cells with obsm['X_gears'] and all that `gears reconstruct` adds")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads; their number changes nothing but the time (default 2)")
     parser.add_argument("--device", default="cpu", help="where the model computes: cpu, cuda, or auto (default cpu)")
