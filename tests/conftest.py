@@ -25,7 +25,7 @@ settings.register_profile("tiny", deadline=None, max_examples=15, derandomize=Tr
 settings.load_profile("tiny")
 
 # two processes share the files (`make test`): the longest come first, so that both end together; test_browser.py mostly waits
-LONGEST = ("test_book_second.py", "test_browser.py", "test_book_third.py", "test_book_first.py", "test_perturb_model.py", "test_saturn_model.py", "test_cli.py",
+LONGEST = ("test_book_second.py", "test_browser.py", "test_workflow.py", "test_maps.py", "test_book_third.py", "test_book_first.py", "test_perturb_model.py", "test_saturn_model.py", "test_cli.py", "test_after.py",
            "test_align.py", "test_face.py", "test_lab.py", "test_fusion.py", "test_strangers.py", "test_rungs.py", "test_generators.py", "test_generators_b.py", "test_facade.py")
 
 
