@@ -75,10 +75,7 @@ export-check: $(STAMP)
 readme: $(STAMP)
 	@$(BIN)/python -m gears_nb.runs.readme
 
-# MkDocs is an extra of its own: it comes with the first call. The pages end with a look at every link and picture
 docs: $(STAMP)
-	@$(BIN)/python -c 'import latex2mathml, mkdocs_jupyter, mkdocstrings' 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@$(BIN)/python -m gears_nb.runs.site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "_docs/index.html"
 	@$(BIN)/python -m gears_nb.runs.site_check $(CHECK)

@@ -12,7 +12,7 @@ readme = here / "README.md"
 
 extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
 extras["all"] = sorted({*extras["lab"], *extras["view"], *extras["parquet"], *extras["saturn"], *extras["perturb"], *extras["cycle"], *extras["workflow"]})
-extras["dev"] += [*extras["all"], *extras["squidpy"]]
+extras["dev"] += [*extras["all"], *extras["squidpy"], *extras["docs"]]
 
 setup(
     name=cfg["lib_name"],
