@@ -66,7 +66,23 @@ def embedded(key, n=40):
     return ad.AnnData(rng.poisson(3.0, (n, 6)).astype(np.float32), obs=obs, obsm={key: rng.normal(size=(n, 5)), **({"X_saturn_aligned": rng.normal(size=(n, 5))} if key == "X_saturn" else {})})
 
 
-TABLES = {"reconstruction": placed, **{k: (lambda k=k: changed(k)) for k in ("prediction", "counterfactual", "contributions")}, "species": lambda: embedded("X_saturn"), "alignment": lambda: embedded("X_aligned"), "embedding": lambda: embedded("H_gears")}
+def carried(kind, n=40):
+    """Forty spots with a zone and two genes carried over, or as a stack of two layers."""
+    table = embedded("spatial", n)
+    table.obsm["spatial"] = table.obsm["spatial"][:, :2]
+    if kind == "transfer":
+        table.obs["gears_zone"] = ["a", "b"] * (n // 2)
+        table.obs["gears_zone_probability"] = np.linspace(0.5, 1, n)
+        table.obsm["gears_genes"] = np.c_[np.linspace(0, 1, n), np.linspace(2, 0, n)]
+        table.uns["gears_transfer"] = json.dumps({"labels": {"zone": {}}, "genes": {"genes": {"Glul": {"told": True}, "Alb": {"told": False}}}})
+    else:
+        table.obs["gears_layer"] = ["one", "two"] * (n // 2)
+        table.obsm["spatial_3d"], table.uns["gears_stack"] = np.c_[table.obsm.pop("spatial"), np.tile([0.0, 7.5], n // 2)], "{}"
+    return table
+
+
+TABLES = {"reconstruction": placed, **{k: (lambda k=k: changed(k)) for k in ("prediction", "counterfactual", "contributions")}, "species": lambda: embedded("X_saturn"), "alignment": lambda: embedded("X_aligned"), "embedding": lambda: embedded("H_gears"),
+          "transfer": lambda: carried("transfer"), "stack": lambda: carried("stack")}
 
 
 # ---- what a page is made of
@@ -163,8 +179,8 @@ def test_every_kind_is_recognised_and_drawn(kind):
     held = contents(text)["data"]
     view = held["tissues"][0]
     assert [f["name"] for f in held["files"]] == (["reconstruction_positions.csv", "reconstruction_confidence.csv"] if kind == "reconstruction" else [f"{kind}_coordinates.csv"])
-    assert len(view["maps"]) == (1 if kind == "contributions" else 2) and len(view["colours"]) > 2
-    assert view["shared"] == (kind in ("prediction", "counterfactual", "contributions"))
+    assert len(view["maps"]) == {"contributions": 1, "stack": 3}.get(kind, 2) and len(view["colours"]) > 2
+    assert view["shared"] == (kind in ("prediction", "counterfactual", "contributions", "stack"))
     pd.testing.assert_frame_equal(table.obs, before.obs)
     np.testing.assert_array_equal(table.X, before.X)
 
@@ -181,6 +197,35 @@ def test_before_and_after_are_what_the_file_says():
         np.testing.assert_allclose(shift, shift[0], atol=1e-4)                    # all cells moved alike
         assert view.colours[0]["name"] == "perturbation"
         assert "change of g2" in [c["name"] for c in view.colours] and "change of g1" not in [c["name"] for c in view.colours]
+
+
+def test_what_was_carried_over_comes_first_and_says_whether_it_is_told():
+    (view,) = explore_result(carried("transfer"), genes=["Alb"])
+    assert [m["title"] for m in view.maps] == ["places", "expression: principal components"]
+    names = [c["name"] for c in view.colours]
+    assert names[:2] == ["zone", "zone probability"] and {"foretold Glul", "foretold Alb (not told)"} <= set(names)
+    with pytest.raises(InputError, match="nope"):
+        explore_result(carried("transfer"), genes=["nope"])
+    nowhere = carried("transfer")
+    del nowhere.obsm["spatial"]
+    assert len(explore_result(nowhere)[0].maps) == 1  # by expression alone
+
+
+def test_layers_of_a_stack_are_drawn_together_and_alone():
+    table = carried("stack")
+    (view,) = explore_result(table)
+    assert [m["title"] for m in view.maps] == ["all layers, from above", "one, z = 0", "two, z = 7.5"] and view.colours[0]["name"] == "layer"
+    alone = np.isfinite(np.frombuffer(view.maps[2]["x"], "<f4"))
+    assert (alone == (table.obs["gears_layer"] == "two")).all()
+
+
+def test_a_map_in_the_frame_of_a_slide_is_no_truth():
+    table = placed()
+    table.obsm["spatial"], table.uns["gears_frame"] = 100 * table.obsm["X_gears"], "{}"
+    titles = lambda: [m["title"] for m in explore_result(table)[0].maps]
+    assert titles() == ["reconstructed", "in the frame of the slide"]
+    table.obsm["spatial_before"] = placed().obsm["spatial"]
+    assert titles() == ["true positions", "reconstructed (aligned)", "in the frame of the slide"]
 
 
 def test_the_seed_and_the_cells_decide_the_map():
