@@ -131,3 +131,23 @@ def test_a_tool_that_stops_is_not_asked_again():
     assert asked == [10, 20, 30] and rows[-1]["failed"] == "out of memory"
     with pytest.raises(InputError, match="tangram"):
         measure_peer("tangran", 40, 0)
+
+
+def test_the_command_refuses_in_one_line_before_it_reads(gears, cells, tmp_path, capsys):
+    from gears_nb.runs.cli import main
+    gears.save(tmp_path / "model")
+    scaled = cells.copy()
+    scaled.X = scaled.X * 0.37
+    scaled.layers["counts"] = cells.X.copy()
+    cells[:1].copy().write_h5ad(tmp_path / "one.h5ad"), cells[:3].copy().write_h5ad(tmp_path / "three.h5ad"), scaled.write_h5ad(tmp_path / "scaled.h5ad")
+    empty = cells[:50].copy()
+    empty.X = sp.csr_matrix(empty.X.toarray() * (np.arange(50) < 3)[:, None])
+    empty.write_h5ad(tmp_path / "empty.h5ad")
+    (tmp_path / "store.zarr").mkdir()
+    for name, word in (("one.h5ad", "give at least 4"), ("three.h5ad", "give at least 4"), ("scaled.h5ad", "trained on counts"), ("store.zarr", "a Zarr store"), ("empty.h5ad", "fewer than 4 cells have counts")):
+        assert main(["large", "--quiet", "--model", str(tmp_path / "model"), "--cells", str(tmp_path / name), "--out", str(tmp_path / "map.h5ad")]) == 2
+        told = capsys.readouterr()
+        line = told.err.strip().splitlines()[-1]
+        assert name in line and word in line and "--set" not in line and "--layer" not in line and told.out == ""
+        assert name == "empty.h5ad" or told.err.count("\n") == 1, told.err  # nothing was said before
+    assert not (tmp_path / "map.h5ad").exists()

@@ -203,7 +203,7 @@ def test_what_was_carried_over_comes_first_and_says_whether_it_is_told():
     (view,) = explore_result(carried("transfer"), genes=["Alb"])
     assert [m["title"] for m in view.maps] == ["places", "expression: principal components"]
     names = [c["name"] for c in view.colours]
-    assert names[:2] == ["zone", "zone probability"] and {"foretold Glul", "foretold Alb (not told)"} <= set(names)
+    assert names[:2] == ["carried over: zone", "carried over: zone probability"] and {"foretold Glul", "foretold Alb (not told)"} <= set(names)
     with pytest.raises(InputError, match="nope"):
         explore_result(carried("transfer"), genes=["nope"])
     nowhere = carried("transfer")

@@ -275,13 +275,14 @@ def contribution_views(adata: AnnData, name: str, genes: Sequence[str] = (), bas
     numbers = [number(f"contribution of {f}", np.asarray(norms)[:, j], unit="norm over genes") for j, f in enumerate(columns)]
     return [MapView(name, maps, (list(map(str, table.obs_names)),), (*obs_colours(table), *numbers, *gene_colours(table, values, genes)), _drawn(n, adata.n_obs), shared=True)]
 
-# %% ../../nbs/runs/18_explore_any.ipynb #ebf2dad1
+# %% ../../nbs/runs/18_explore_any.ipynb #1ef9126e
 LAYERS = 6
 "Layers of a stack that get a map of their own."
 
 
 def transfer_views(adata: AnnData, name: str, genes: Sequence[str] = (), basis: str = "pca", seed: int = 0) -> list[MapView]:
     """The view of a table that labels or genes were carried over to: its places, if it has any, beside its expression."""
+    from anndata import AnnData
     table = adata[_some(adata.n_obs, seed)]
     values, unit = _logged(table)
     way = {"pca": "expression: principal components", "umap": "expression: UMAP"}.get(basis, basis)
@@ -289,8 +290,9 @@ def transfer_views(adata: AnnData, name: str, genes: Sequence[str] = (), basis: 
     maps = [place_map(way, xy)]
     if "spatial" in table.obsm and np.shape(table.obsm["spatial"])[1] >= 2:
         maps.insert(0, place_map("places", np.asarray(table.obsm["spatial"], float)[:, :2]))
-    carried = set(json.loads(table.uns["gears_transfer"]).get("labels") or {})
-    columns = sorted(obs_colours(table), key=lambda c: not any(c["name"].startswith(label.replace("_", " ")) for label in carried))
+    labels = json.loads(table.uns["gears_transfer"]).get("labels") or {}
+    new = {f"gears_{label}{more}": f"carried over: {label}{more}" for label in labels for more in ("", "_probability", "_entropy")}  # beside a column of its own of that name
+    columns = sorted(obs_colours(AnnData(obs=table.obs.rename(columns=new))), key=lambda c: not c["name"].startswith("carried over"))
     return [MapView(name, tuple(maps), (list(map(str, table.obs_names)),), (*columns, *all_genes(table, values, genes, unit), place("place in the first map")), _drawn(table.n_obs, adata.n_obs))]
 
 
