@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -12,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gears_nb.core.errors import GearsWarning, InputError
+from gears_nb.core.errors import GearsWarning, InputError, speaking
 from gears_nb.data.simulator import simulate
 from gears_nb.reconstruct.alike import Alike, alike
 from gears_nb.reconstruct.frames import SURE, Similarity, align_to, find_frame, fit_pairs, frame_from_landmarks, robust_pairs, turn
 from gears_nb.reconstruct.stack import chained, stack
-from gears_nb.reconstruct.transfer import foretold, near, transfer
+from gears_nb.reconstruct.transfer import foretold, gene_values, near, transfer
 from gears_nb.runs import after
 
 pytestmark = pytest.mark.filterwarnings("ignore::gears_nb.core.errors.GearsWarning")
@@ -360,6 +361,96 @@ def test_two_samples_of_one_name_are_refused(files, tmp_path):
     (tmp_path / "st1.h5ad").write_bytes((files / "st1.h5ad").read_bytes())
     with pytest.raises(InputError, match="would be written to st1.h5ad"):
         after.reconstruct_many(Instant(), [files / "st1.h5ad", tmp_path / "st1.h5ad"], tmp_path / "out", progress=False)
+
+
+@pytest.fixture(scope="module")
+def odd(files):
+    "Files that are wrong in one way each."
+    folder = files / "odd"
+    folder.mkdir()
+    st1, placed = ad.read_h5ad(files / "st1.h5ad"), ad.read_h5ad(files / "placed.h5ad")
+    st1[:3].copy().write_h5ad(folder / "three.h5ad")
+    for name, table in (("scaled", st1.copy()), ("empty", st1.copy())):
+        table.X = table.X * (0.37 if name == "scaled" else 0)
+        table.write_h5ad(folder / f"{name}.h5ad")
+    names = placed.obs_names.tolist()
+    placed.obs_names = [names[1], *names[1:]]
+    placed.write_h5ad(folder / "twice.h5ad")
+    st1.obs["zone"] = np.where(st1.obs["zone"] == "outer", "outer / rim", "")
+    st1.write_h5ad(folder / "one_label.h5ad")
+    pd.DataFrame({"cell": names[1:9], "x": range(8), "y": range(8)}).to_csv(folder / "cell.csv", index=False)
+    pd.DataFrame({"barcode": names[1:9], "x": range(8), "y": range(8)}).to_csv(folder / "marks.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize("words, says", [
+    (["transfer", "--from", "st1.h5ad", "--to", "st2.h5ad", "--labels", "zone", "--seed", "-1"], r"gears transfer: seed: is -1, outside \[0, 4294967295\]"),
+    (["align", "placed.h5ad", "st1.h5ad", "--seed", "-1"], "gears align: seed: is -1"), (["align", "st1.h5ad", "st2.h5ad", "--stack", "--seed", "-1"], "gears align: seed: is -1"),
+    (["transfer", "--from", "odd/three.h5ad", "--to", "st2.h5ad", "--labels", "zone"], "odd/three.h5ad: n_obs: 3 rows, 8 are needed"),
+    (["transfer", "--from", "st1.h5ad", "odd/../st1.h5ad", "--to", "st2.h5ad", "--labels", "zone"], "--from: is given twice"),
+    (["transfer", "--from", "odd/empty.h5ad", "--to", "st2.h5ad", "--labels", "zone"], "odd/empty.h5ad: X: none of its 150 rows has counts"),
+    (["transfer", "--from", "odd/scaled.h5ad", "--to", "st2.h5ad", "--labels", "zone"], r"odd/scaled.h5ad: .*Remedy: give raw counts \(if they are not in X: --layer NAME\)\.$"),
+    (["transfer", "--from", "odd/one_label.h5ad", "--to", "st2.h5ad", "--labels", "zone"], r"has 1 labels \(\d+ rows are empty and do not count\)"),
+    (["align", "odd/twice.h5ad", "st1.h5ad"], "odd/twice.h5ad: obs_names"), (["align", "odd/twice.h5ad", "--landmarks", "odd/marks.csv"], "odd/twice.h5ad: obs_names"),
+    (["align", "placed.h5ad", "odd/three.h5ad"], "odd/three.h5ad: n_obs: 3 rows have a place, a pose needs 20"), (["align", "placed.h5ad", "odd/empty.h5ad"], "odd/empty.h5ad: X: none of its"),
+    (["align", "placed.h5ad", "odd/scaled.h5ad"], r"odd/scaled.h5ad: .*Remedy: give raw counts\.$"), (["align", "placed.h5ad", "--landmarks", "odd/cell.csv"], r"there is no barcode \(only cell, x, y\)"),
+    (["align", "st1.h5ad", "st1.h5ad", "--stack"], "st1.h5ad: --stack: is given twice")])
+def test_odd_files_cost_one_line(files, odd, monkeypatch, words, says):
+    monkeypatch.chdir(files)
+    with speaking("shell"), pytest.raises(InputError, match=says) as refusal, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        shell(*words, "--out", "odd.h5ad")
+    assert "\n" not in str(refusal.value) and not (files / "odd.h5ad").exists()
+
+
+def test_layers_of_one_file_name_keep_apart(files, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "s.h5ad").write_bytes((files / f"st{'ab'.index(name) + 1}.h5ad").read_bytes())
+    assert shell("align", tmp_path / "a/s.h5ad", tmp_path / "b/s.h5ad", "--stack", "--out", tmp_path / "s.h5ad") == 0
+    block = ad.read_h5ad(tmp_path / "s.h5ad")
+    assert block.obs["gears_layer"].nunique() == 2 and block.obs_names.is_unique
+
+
+def test_labels_with_a_slash_are_written_quietly(files, tmp_path):
+    source = ad.read_h5ad(files / "st1.h5ad")
+    source.obs["zone"] = source.obs["zone"].astype(str).replace("outer", "right / b")
+    source.write_h5ad(tmp_path / "slash.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        shell("transfer", "--from", tmp_path / "slash.h5ad", "--to", files / "st2.h5ad", "--labels", "zone", "--out", tmp_path / "t.h5ad")
+    got = ad.read_h5ad(tmp_path / "t.h5ad")
+    assert set(got.obs["gears_zone"]) == {"inner", "right / b"} and list(got.obsm["gears_zone"].columns) == ["inner", "right | b"]
+
+
+def test_spreads_hold_on_another_section_if_several_were_rehearsed(tissue):
+    genes = list(tissue.slides[0].var_names[:120:3])
+    asked = tissue.slides[2][:, [g for g in tissue.slides[2].var_names if g not in genes]].copy()
+    truth, inside = np.asarray(gene_values([tissue.slides[2]], ["three"], genes).todense()), []
+    for count in (2, 1):
+        got = transfer(tissue.slides[:count], asked, genes=genes)
+        inside.append(float((np.abs(truth - got.obsm["gears_genes"]) <= 1.645 * got.obsm["gears_genes_spread"]).mean()))
+        assert ("that source only" in "".join(after.transfer_told(json.loads(got.uns["gears_transfer"])))) == (count == 1)
+    assert 0.82 < inside[0] < 0.97 and inside[1] < inside[0]
+
+
+def test_the_depth_of_slides_is_no_section_of_cells(files, tissue, tmp_path):
+    "`slide_key='z'` for a stack; the cells have a continuous `obs['z']` of their own."
+    from gears_nb.reconstruct.settings import profile
+    from gears_nb.runs.files import read_inputs
+
+    block = ad.concat([s[:, :].copy() for s in tissue.slides[:2]], index_unique="-")
+    block.obs = pd.DataFrame(index=block.obs_names)
+    block.obsm = {"spatial": np.c_[block.obsm["spatial"], np.repeat([0.0, 80.0], 150)]}
+    block.write_h5ad(tmp_path / "stack.h5ad")
+    cells = ad.read_h5ad(files / "sc.h5ad")
+    cells.obs["z"] = np.random.default_rng(0).random(cells.n_obs)
+    cells.write_h5ad(tmp_path / "sc.h5ad")
+    got = read_inputs([tmp_path / "stack.h5ad"], tmp_path / "sc.h5ad", profile("smoke", progress=False), slide_key="z")
+    assert len(got.slides) == 2 and got.slide_key is None
+    cells.obs["z"] = np.repeat([0.0, 80.0], cells.n_obs // 2)  # as the slides have it: sections
+    cells.write_h5ad(tmp_path / "sc.h5ad")
+    assert read_inputs([tmp_path / "stack.h5ad"], tmp_path / "sc.h5ad", profile("smoke", progress=False), slide_key="z").slide_key == "z"
 
 
 # scanpy and squidpy ----------------------------------------------------------------------------------------------------

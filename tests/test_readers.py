@@ -222,6 +222,58 @@ def test_tables_that_lie_apart_are_sections(tissue, tmp_path):
     assert [part.n_obs for part in read_many([tmp_path / "apart.zarr"], spatial=True)] == [N, N]
 
 
+# ---------------------------------------------------------------- chunks that are not there
+
+
+@pytest.fixture(params=[2, 3])
+def zarr_store(request, tmp_path):
+    """Writes a slide of 60 spots as a store of either version, chunked where it is dense."""
+
+    def write(name: str, X: object) -> Path:
+        path = tmp_path / f"{name}.zarr"
+        slide = ad.AnnData(X, obs=pd.DataFrame(index=[f"r{i}" for i in range(60)]), var=pd.DataFrame(index=GENES), obsm={"spatial": PLACE})
+        before = ad.settings.zarr_write_format
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ad.settings.zarr_write_format = request.param
+            slide.write_zarr(path, chunks=None if sp.issparse(X) else (20, 4))
+        ad.settings.zarr_write_format = before
+        return path
+
+    return write
+
+
+PLACE = np.random.default_rng(7).random((60, 2)) * 100
+WHOLE = np.random.default_rng(6).poisson(3.0, (60, 4)).astype(np.float32)
+
+
+def chunk_files(array: Path) -> list[Path]:
+    return sorted(p for p in array.rglob("*") if p.is_file() and not p.name.startswith((".z", "zarr")))
+
+
+@pytest.mark.parametrize("part", ["data", "indices", "indptr"])
+def test_a_sparse_store_with_a_gap_is_refused(zarr_store, part):
+    store = zarr_store("sparse", sp.csr_matrix(WHOLE))
+    assert quietly(store).X.sum() == WHOLE.sum()
+    chunk_files(store / "X" / part)[-1].unlink()
+    for how in (read, backed):
+        refused(store, "sparse.zarr", f"X/{part}: 0 of 1 chunks are there", how=how)
+
+
+def test_a_dense_store_tells_the_rows_it_empties(zarr_store):
+    store = zarr_store("dense", WHOLE)
+    chunk_files(store / "X")[-1].unlink()
+    with pytest.warns(GearsWarning, match=r"dense.zarr: X: 1 of 3 chunks are not there .* empties 20 of 60 rows"):
+        assert not read(store, spatial=True).X[40:].any()
+    shutil.rmtree(store / "X")
+    refused(store, "dense.zarr", "X:")
+    empty = zarr_store("empty", sp.csr_matrix(WHOLE.shape, dtype=np.float32))  # zarr leaves these out itself
+    assert read(empty, spatial=True, counts=False).X.nnz == 0
+    lost = zarr_store("lost", sp.csr_matrix(WHOLE))
+    shutil.rmtree(lost / "obsm" / "spatial")
+    refused(lost, "lost.zarr")
+
+
 # ---------------------------------------------------------------- depth
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MOST_LEVELS', 'tables_of', 'is_spatialdata', 'places_of', 'read_spatialdata', 'depth_levels', 'split_by_depth',
-           'segmented_counts', 'read_segmented', 'read', 'read_many', 'Backed', 'backed']
+           'segmented_counts', 'read_segmented', 'check_chunks', 'read', 'read_many', 'Backed', 'backed']
 
 # %% ../../nbs/data/12_readers.ipynb #06c21696
 _DRAWERS = ("shapes", "points", "labels")
@@ -603,6 +603,76 @@ def read_segmented(folder: Path, *, spatial: bool = True) -> AnnData:
         adata.obsm["spatial"] = placed(adata, _outlines(path), path).to_numpy(dtype=np.float64)
     return adata
 
+# %% ../../nbs/data/12_readers.ipynb #83a524f9
+def _on_file(array: Path, store: Path) -> Mapping[str, Any]:
+    """What a Zarr `store` says of one of its arrays, in the array's own file or in the store's table of contents; empty if it says nothing."""
+    inside = array.relative_to(store).as_posix()
+    places = {array / "zarr.json": (), array / ".zarray": (), store / "zarr.json": ("consolidated_metadata", "metadata", inside), store / ".zmetadata": ("metadata", f"{inside}/.zarray")}
+    for path, way in places.items():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for key in way:
+                found = found[key]
+            if "shape" in found:
+                return dict(found)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _missing_chunks(array: Path, store: Path) -> tuple[np.ndarray, tuple[int, ...]] | None:
+    """Which chunks of an array have no file, bool in the shape of the grid, and the shape of a chunk; None for what is not an array."""
+    about = _on_file(array, store)
+    if "chunk_grid" in about:  # version 3
+        keys = about.get("chunk_key_encoding", {"name": "default"})
+        plain = keys["name"] == "v2"
+        chunk = about["chunk_grid"]["configuration"]["chunk_shape"]
+        mark = keys.get("configuration", {}).get("separator", "." if plain else "/")
+        first = [] if plain else ["c"]
+    elif "chunks" in about:
+        chunk, mark, first = about["chunks"], about.get("dimension_separator") or ".", []
+    else:
+        return None
+    grid = [-(-n // c) for n, c in zip(about["shape"], chunk)]
+    there = {path.relative_to(array).as_posix() for path in array.rglob("*")}
+    gone = [mark.join([*first, *map(str, at)]) not in there for at in np.ndindex(*grid)]
+    return np.array(gone, dtype=bool).reshape(grid), tuple(chunk)
+
+# %% ../../nbs/data/12_readers.ipynb #2b77cfc8
+def _refuse_gap(store: Path, where: str, gone: np.ndarray) -> None:
+    """Raise the one line about an array with missing chunks."""
+    raise InputError(store, where, f"{gone.size - gone.sum()} of {gone.size} chunks are there, the others would be read as zeros", "copy the store again, this copy is not complete")
+
+
+def check_chunks(store: str | Path, where: str = "X", *, spatial: bool = False, counts: bool = True) -> None:
+    """Raise `InputError` if chunks of the matrix `where` (`X`, `raw/X`, `layers/NAME`) of an AnnData table in Zarr are missing; of a dense one some may be: warns.
+
+    `spatial`: of `obsm['spatial']` too. `counts=False`: a dense matrix may be all zeros.
+    """
+    store = Path(store)
+    parts = {name: _missing_chunks(store / where / name, store) for name in ("data", "indices", "indptr")}
+    empty = parts["data"] is not None and parts["data"][0].size == 0  # no stored value: pointers are zeros, and may be left out
+    for name, part in parts.items():
+        if part is not None and part[0].any() and not empty:
+            _refuse_gap(store, f"{where}/{name}", part[0])
+    dense = _missing_chunks(store / where, store)
+    if dense is not None and dense[0].any():
+        gone, chunk = dense
+        if gone.all() and counts:
+            _refuse_gap(store, where, gone)
+        n = int(_on_file(store / where, store)["shape"][0])
+        lost = sum(min(chunk[0], n - int(i) * chunk[0]) for i in np.flatnonzero(gone.reshape(len(gone), -1).all(1)))
+        warnings.warn(f"{store}: {where}: {gone.sum()} of {gone.size} chunks are not there and are read as zeros, which empties {lost} of {n} rows: meant so by who wrote it, or a copy that is not complete",
+                      GearsWarning, stacklevel=4)
+    places = _missing_chunks(store / "obsm" / "spatial", store) if spatial else None
+    if places is not None and places[0].size and places[0].reshape(len(places[0]), -1).all(1).any() and places[1][0] > 1:
+        _refuse_gap(store, "obsm/spatial", places[0])
+
+
+def _place_of(layer: str | None) -> str:
+    """Where the counts of a table on disk are."""
+    return "X" if layer is None else "raw/X" if layer == "raw" else f"layers/{layer}"
+
 # %% ../../nbs/data/12_readers.ipynb #120d7664
 _TOGETHER = {"cell_by_gene.csv": "cell_metadata.csv", "exprmat_file.csv": "metadata_file.csv"}
 "Tables of counts by the end of their names, and the table with the positions that MERSCOPE or CosMx writes beside each."
@@ -636,7 +706,7 @@ def _named_like(text: str) -> str:
     home = next((above for above in (path, *path.parents) if not fixed(above.name)), path)
     return text if home == path or not home.name else str(home)
 
-# %% ../../nbs/data/12_readers.ipynb #c48a518e
+# %% ../../nbs/data/12_readers.ipynb #e2f74635
 def read(
     source: str | Path,
     *,
@@ -659,7 +729,11 @@ def read(
     `InputError` with one line for every kind of bad input; nothing is dropped here (see `validate_slide`).
     """
     text, name = _store_of(*parse_source(source, sample))
-    if is_spatialdata(text):
+    inside = is_spatialdata(text)
+    table = _choose(Path(text), name)[0] if inside else Path(text)
+    if table.is_dir() and is_zarr(table):
+        check_chunks(table, _place_of(layer), spatial=spatial and not inside, counts=counts)
+    if inside:
         adata, found, name = read_spatialdata(text, name, spatial=spatial)
         key = found if slide_key is None else slide_key
     else:
@@ -950,7 +1024,7 @@ def _some_rows(table: Backed, position: np.ndarray, rows: slice) -> sp.csr_matri
     out.add(block, _column_map(position, block.shape[1]))
     return out.done()
 
-# %% ../../nbs/data/12_readers.ipynb #74132770
+# %% ../../nbs/data/12_readers.ipynb #c957e5e5
 def backed(source: str | Path, *, layer: str | None = None, counts: bool = True) -> Backed:
     """Open a table of cells without reading its counts.
 
@@ -966,6 +1040,8 @@ def backed(source: str | Path, *, layer: str | None = None, counts: bool = True)
     with _opened(path) as root:
         tenx = path.is_file() and hdf5_kind(path) == "10x"
         obs, var, columns, where = _frames_of_10x(root, path) if tenx else _frames(root, path, layer)
+    if path.is_dir():
+        check_chunks(path, where, counts=counts)
     check_names(SimpleNamespace(shape=(len(obs), len(var)), obs_names=obs.index, var_names=var.index), str(path))
     return Backed(path, obs, var, columns, where, counts)
 

@@ -122,7 +122,7 @@ def alike(target: np.ndarray, source: np.ndarray, k: int = K, *, groups: tuple[n
     distance, index = nearest(target, source, k, groups=groups, own=own)
     return Alike(index, weigh(distance).astype(np.float32), len(source))
 
-# %% ../../nbs/reconstruct/22_alike.ipynb #c09caaee
+# %% ../../nbs/reconstruct/22_alike.ipynb #bb4bdf49
 PLAIN = 50  # components of plain expression
 
 
@@ -137,6 +137,9 @@ def plain_features(tables: Sequence[AnnData], names: Sequence[str], min_genes: i
     match = match_genes(tables, names, min_genes)
     taken = [match.apply(t, n) for t, n in zip(tables, names)]
     there = [row_totals(t.X) > 0 for t in taken]
+    for table, name, rows in zip(tables, names, there):
+        if not rows.any():
+            raise InputError(name, "X", f"none of its {table.n_obs} rows has counts in the {len(match.genes)} shared genes", "give raw counts; if it was copied, copy it again")
     prep = Preprocessor.fit([t[rows].copy() for t, rows in zip(taken, there)], slide_key=None)
     features = [prep.transform(t[rows].copy(), add_global=False) for t, rows in zip(taken, there)]
     axes = principal_axes(np.concatenate(features), PLAIN)[1]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['STEP', 'SIGMAS', 'STRAY', 'SCORED', 'REGIONS', 'DRAWS', 'WITHIN', 'SURE', 'FEWEST', 'Similarity', 'turn',
            'similarity_from', 'fit_pairs', 'robust_pairs', 'Poses', 'pose_scores', 'Told', 'decide', 'refine', 'Frame',
-           'hint', 'check_told', 'find_frame', 'frame_from_landmarks', 'match_landmarks', 'check_map', 'align_to']
+           'hint', 'check_told', 'find_frame', 'frame_from_landmarks', 'match_landmarks', 'check_spots', 'check_map',
+           'align_to']
 
 # %% ../../nbs/reconstruct/24_frames.ipynb #e93c71ec
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def frame_from_landmarks(X: np.ndarray, Y: np.ndarray, *, mirror: bool | None = 
             raise InputError(source, "landmarks", f"the mirror image fits nearly as well (median distance {residual:.3g} and {against:.3g})", f"name more landmarks, or say {hint('mirror')}")
     return Frame(found, residual, len(X))
 
-# %% ../../nbs/reconstruct/24_frames.ipynb #01f1800f
+# %% ../../nbs/reconstruct/24_frames.ipynb #a6d3ec58
 def _sections(placed: AnnData) -> dict[str, np.ndarray]:
     "Rows of every section of a result that has places."
     ready = np.isfinite(np.asarray(placed.obsm["X_gears"], float)).all(1)
@@ -331,8 +332,18 @@ def match_landmarks(placed: AnnData, landmarks: pd.DataFrame, source: str) -> np
     return out
 
 
+def check_spots(places: np.ndarray, source: str, *, landmarks: bool = False) -> None:
+    "Raise `InputError` for a section with too few usable `places` (m, 2) to find a pose on; `landmarks`: they would help."
+    there = int(np.isfinite(np.asarray(places, float)).all(1).sum())
+    if there < FEWEST:
+        raise InputError(source, "n_obs", f"{there} rows have a place, a pose needs {FEWEST}", "give a larger section" + (f", or three landmarks, {hint('landmarks')}" if landmarks else ""))
+
+
 def check_map(placed: AnnData, source: str) -> None:
-    "Raise `InputError` unless `placed` is a result with places."
+    "Raise `InputError` unless `placed` is a result with places, each cell once."
+    if not placed.obs_names.is_unique:
+        twice = placed.obs_names[placed.obs_names.duplicated()][0]
+        raise InputError(source, "obs_names (barcodes)", f"'{twice}' comes more than once", "make barcodes unique, for example with adata.obs_names_make_unique()")
     if "X_gears" not in placed.obsm:
         raise InputError(source, "obsm['X_gears']", f"is missing (obsm has {', '.join(placed.obsm) or 'nothing'})", "give the result of gears reconstruct")
     if not np.isfinite(np.asarray(placed.obsm["X_gears"], float)).all(1).any():
@@ -364,7 +375,7 @@ def _frames(placed: AnnData, slide: AnnData | None, known: np.ndarray | None, li
             refused.append(error)
     return found, refused
 
-# %% ../../nbs/reconstruct/24_frames.ipynb #2b449497
+# %% ../../nbs/reconstruct/24_frames.ipynb #b6b760ef
 def align_to(placed: AnnData, slide: AnnData | None = None, *, landmarks: pd.DataFrame | None = None, model: Gears | None = None, types: str | None = None,
              mirror: bool | None = None, scale: float | None = None, names: tuple[str, str] = ("map", "slide"), seed: int = 0) -> AnnData:
     """A copy of a result with its cells in the frame and unit of `slide` (ONE section with `obsm['spatial']`), or of `landmarks` (a table, barcodes as index, columns x, y), which go first.
@@ -375,6 +386,8 @@ def align_to(placed: AnnData, slide: AnnData | None = None, *, landmarks: pd.Dat
     known = None if landmarks is None else match_landmarks(placed, landmarks, names[1])
     if known is None and (slide is None or "spatial" not in slide.obsm):
         raise InputError(names[1], "obsm['spatial']", "is missing", "give a slide with positions, or landmarks")
+    if known is None:
+        check_spots(slide.obsm["spatial"], names[1], landmarks=True)
     lists, kind = (None, "landmarks") if known is not None else _lists(placed, slide, model, types, names)
     found, refused = _frames(placed, slide, known, lists, names, mirror=mirror, scale=scale, seed=seed)
     if not found:

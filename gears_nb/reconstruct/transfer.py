@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from gears_nb.reconstruct.facade import Gears
 
 # %% auto #0
-__all__ = ['LENGTHS', 'ASKED', 'LITTLE', 'COLUMNS', 'MOST', 'STRANGE', 'turns', 'Rehearsed', 'rehearse', 'line_through',
+__all__ = ['LENGTHS', 'ASKED', 'FOLDS', 'LITTLE', 'COLUMNS', 'MOST', 'STRANGE', 'turns', 'Rehearsed', 'rehearse', 'line_through',
            'pattern_skill', 'pick_lists', 'GeneTable', 'judge_genes', 'LabelTable', 'bent', 'unsureness',
            'calibration_error', 'judge_labels', 'label_column', 'gene_values', 'one_hot', 'near', 'transfer',
            'foretold', 'familiarity']
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #b4029e90
-LENGTHS, ASKED = (5, 10, 20, 40), 2000  # lists that are tried; rows of a turn that are asked, at most
+# %% ../../nbs/reconstruct/23_transfer.ipynb #bf8ded76
+LENGTHS, ASKED, FOLDS = (5, 10, 20, 40), 2000, 4  # lists that are tried; rows of a turn that are asked, at most; parts of an only source
 
 
 def turns(sizes: Sequence[int], coords: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
@@ -41,10 +41,10 @@ def turns(sizes: Sequence[int], coords: np.ndarray | None = None, seed: int = 0)
     if len(sizes) > 1:
         return np.repeat(np.arange(len(sizes)), sizes)
     if coords is None:
-        return np_rng(seed, "transfer", "turns").permutation(sizes[0]) % 4
+        return np_rng(seed, "transfer", "turns").permutation(sizes[0]) % FOLDS
     from sklearn.cluster import KMeans
 
-    return KMeans(4, n_init=1, random_state=seed).fit_predict(np.asarray(coords, float))
+    return KMeans(FOLDS, n_init=1, random_state=seed).fit_predict(np.asarray(coords, float))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def pattern_skill(truth: np.ndarray, forecast: np.ndarray, turn: np.ndarray) -> 
     explained = np.where(whole > 1e-12, 1 - np.square(t - f).sum(0) / np.maximum(whole, 1e-12), 0)
     return explained, (t * f).sum(0) / np.maximum(np.sqrt(whole * np.square(f).sum(0)), 1e-12)
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #914cd930
+# %% ../../nbs/reconstruct/23_transfer.ipynb #93f8421f
 COLUMNS = 512  # genes that are dense at once
 
 
@@ -145,7 +145,7 @@ def judge_genes(tried: Rehearsed, values: sp.csr_matrix, genes: Sequence[str], k
         part = values[:, start : start + COLUMNS]
         truth, mean, spread = np.asarray(part[tried.rows].todense()), lists.mean(part), lists.spread(part)
         skill, r = pattern_skill(truth, mean, tried.turn)
-        error = np.square(_about_turn(truth[both], tried.turn[both]) - _about_turn(mean[both], tried.turn[both]))
+        error = np.square(truth[both] - mean[both])  # levels included: what is foretold is a value, not its pattern
         slope, intercept = line_through(np.square(spread[both]), error)
         within = (np.sqrt(error) <= 1.645 * np.sqrt(np.square(spread[both]) * slope + intercept)).mean(0)
         rows.append(np.c_[skill, r, within]), parts.append((slope, intercept))
@@ -213,7 +213,7 @@ def judge_labels(tried: Rehearsed, hot: sp.csr_matrix, names: Sequence[str], k: 
                "calibration_error": calibration_error(p.max(1), p.argmax(1) == true), "calibration_error_before": calibration_error(raw.max(1), said == true)}
     return LabelTable(table, overall, mixed, power, share)
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #c37a36e3
+# %% ../../nbs/reconstruct/23_transfer.ipynb #96519cf3
 MOST = 200  # labels in a column
 
 
@@ -231,7 +231,9 @@ def label_column(tables: Sequence[AnnData], names: Sequence[str], column: str) -
         out.append(np.where(values.isna(), "", values.astype(str)).astype(object))
     labels = sorted(set(np.concatenate(out).astype(str)) - {""})
     if not 2 <= len(labels) <= MOST:
-        raise InputError(names[0], f"obs['{column}']", f"has {len(labels)} labels, 2 to {MOST} can be carried over", "name another column")
+        nothing = sum(int((text == "").sum()) for text in out)
+        dropped = f" ({nothing} rows are empty and do not count)" if nothing else ""
+        raise InputError(names[0], f"obs['{column}']", f"has {len(labels)} labels{dropped}, 2 to {MOST} can be carried over", "name another column")
     return out, labels
 
 
@@ -241,11 +243,13 @@ def gene_values(tables: Sequence[AnnData], names: Sequence[str], genes: Sequence
 
     parts = []
     for table, name in zip(tables, names):
-        column = table.var_names.get_indexer(list(genes)) if table.var_names.is_unique else np.full(len(genes), -1)
+        if not table.var_names.is_unique:
+            raise InputError(name, "var_names (genes)", f"{table.var_names[table.var_names.duplicated()][0]} comes more than once", "sum or drop the repeated genes")
+        column = table.var_names.get_indexer(list(genes))
         if (column < 0).any():
             gene = genes[int(np.flatnonzero(column < 0)[0])]
             close = get_close_matches(gene, list(table.var_names), n=1)
-            raise InputError(name, "genes", f"{gene} is not among its {table.n_vars} genes", f"perhaps {close[0]} was meant" if close else "name genes that all tables have, once")
+            raise InputError(name, "genes", f"{gene} is not among its {table.n_vars} genes", f"perhaps {close[0]} was meant" if close else "name genes that all tables have")
         parts.append(sp.csr_matrix(normalise(table.X))[:, column])
     return sp.csr_matrix(sp.vstack(parts))
 
@@ -268,7 +272,7 @@ def near(lists: Alike, places: np.ndarray, source: np.ndarray, reach: float) -> 
     total = raw.sum(1, keepdims=True)
     return Alike(lists.index, np.where(total > 0, raw / np.maximum(total, 1e-30), lists.weight).astype(np.float32), lists.size)
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #ca08e2e3
+# %% ../../nbs/reconstruct/23_transfer.ipynb #0a677e02
 @dataclass
 class _Asked:
     "All sources one under the other, rehearsed by each kind of features, and the lists (`distance`, `index`) of the target; `refine` is what places do to lists."
@@ -285,6 +289,17 @@ class _Asked:
         distance, index = self.found[kind]
         lists = Alike(index[:, :k], weigh(distance[:, :k]).astype(np.float32), values.shape[0])
         return self.tried[kind], self.refine(lists), {"features": kind, "list": k}
+
+
+def _keys(labels: Sequence[str]) -> list[str]:
+    "`labels` as names of columns in a file: `/`, which would start a group there, becomes `|` (`||`, ... where that is taken)."
+    taken, out = set(labels), []
+    for label in labels:
+        key, bar = label, "|"
+        while "/" in label and (key == label or key in taken):
+            key, bar = label.replace("/", bar), bar + "|"
+        taken.add(key), out.append(key)
+    return out
 
 
 def _add_labels(out: AnnData, column: str, asked: _Asked) -> dict[str, Any]:
@@ -306,7 +321,7 @@ def _add_labels(out: AnnData, column: str, asked: _Asked) -> dict[str, Any]:
     out.obs[f"gears_{column}"] = pd.Categorical.from_codes(np.where(known, best, -1), categories=labels)
     out.obs[f"gears_{column}_probability"] = np.where(known, chances[np.arange(len(best)), best], np.nan).astype(np.float64)
     out.obs[f"gears_{column}_entropy"] = entropy
-    out.obsm[f"gears_{column}"] = pd.DataFrame(chances, index=out.obs_names, columns=labels)
+    out.obsm[f"gears_{column}"] = pd.DataFrame(chances, index=out.obs_names, columns=_keys(labels))
     return how | {"mixed": judged.mixed, "power": judged.power, "overall": judged.overall, "labels": json.loads(judged.table.to_json(orient="index"))}
 
 # %% ../../nbs/reconstruct/23_transfer.ipynb #c4fd956d
@@ -354,7 +369,16 @@ def _ask(tables: Sequence[AnnData], target: AnnData, names: Sequence[str], model
     places = lambda t: np.asarray(t.obsm["spatial"], float)[:, :2]
     return _Asked(tables, names, tried, found, (lambda lists: lists) if reach is None else (lambda lists: near(lists, places(target), places(tables[0]), reach)))
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #8ab22220
+# %% ../../nbs/reconstruct/23_transfer.ipynb #799e898e
+def _check_rows(sources: Sequence[AnnData], names: Sequence[str]) -> None:
+    "`InputError` for a table that comes twice, whose rows would foretell themselves, and for an only source that cannot be hidden in parts."
+    twice = [name for i, name in enumerate(names) if name in names[:i] or any(sources[i] is s for s in sources[:i])]
+    if twice:
+        raise InputError(twice[0], "sources", "is given twice, and would be rehearsed on itself", "give each section once")
+    if len(sources) == 1 and sources[0].n_obs < 2 * FOLDS:
+        raise InputError(names[0], "n_obs", f"{sources[0].n_obs} rows, {2 * FOLDS} are needed: an only source is rehearsed in {FOLDS} parts", "give a larger section, or several")
+
+
 def transfer(sources: Sequence[AnnData], target: AnnData, *, labels: Sequence[str] = (), genes: Sequence[str] = (), model: Gears | None = None, types: str | None = None,
              reach: float | None = None, names: Sequence[str] | None = None, seed: int = 0) -> AnnData:
     """A copy of `target` with `labels` (columns of obs) and `genes` of `sources`, each ONE section or set of cells with raw counts; fields as in the table above.
@@ -364,6 +388,7 @@ def transfer(sources: Sequence[AnnData], target: AnnData, *, labels: Sequence[st
     names = list(names) if names is not None else [f"source {i}" for i in range(1, len(sources) + 1)]
     if not sources or not (labels or genes):
         raise InputError("transfer", "sources" if not sources else "labels", "is empty", "give at least one source, and labels or genes to carry over")
+    _check_rows(sources, names)
     for column in labels:
         label_column(sources, names, column)
     if genes:
@@ -372,7 +397,8 @@ def transfer(sources: Sequence[AnnData], target: AnnData, *, labels: Sequence[st
         raise InputError("transfer", "reach", "needs one source and a target in its frame, and a length above 0", "align the target to the source first")
     asked, out = _ask(sources, target, names, model, types, reach, seed), target.copy()
     record: dict[str, Any] = {"sources": [{"name": n, "rows": int(t.n_obs)} for n, t in zip(names, sources)], "types": types, "reach": reach,
-                              "turns": "sections" if len(sources) > 1 else "four parts of the only source"}
+                              "turns": "sections" if len(sources) > 1 else "four parts of the only source",
+                              "spread": "on another section" if len(sources) > 1 else "within the only source"}
     record["labels"] = {column: _add_labels(out, column, asked) for column in labels}
     record["genes"] = _add_genes(out, list(genes), asked) if genes else {}
     out.uns["gears_transfer"] = json.dumps(record)
