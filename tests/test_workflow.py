@@ -288,5 +288,25 @@ def test_a_workflow_of_queries_names_every_job(trained, tmp_path, lenient):
     twice = [trained / "q 1's.h5ad", tmp_path / "q 1's.h5ad"]
     shutil.copy(*twice)
     assert list(workflow.query_jobs(list(map(str, twice)))) == ["q_1_s", "q_1_s-2"]
+    assert list(workflow.query_jobs([str(shutil.copy(twice[0], tmp_path / name)) for name in ("клетки 1.h5ad", "мышь 1.h5ad", "сам.h5ad")])) == ["клетки_1", "мышь_1", "сам"]
     with pytest.raises(InputError, match="braces"):
         workflow.query_jobs([str(shutil.copy(twice[0], tmp_path / "{a}.h5ad"))])
+
+
+def test_a_file_that_cannot_be_placed_is_told_now(trained, tmp_path):
+    """Cut off, of another species, without the layer or the column: one line with the file, and no folder. The table says which file a job is."""
+    cells = trained / "q 1's.h5ad"
+    half, other = tmp_path / "half.h5ad", tmp_path / "other.h5ad"
+    half.write_bytes(cells.read_bytes()[: cells.stat().st_size // 2])
+    table = ad.read_h5ad(cells)
+    table.var_names = [f"LOC{i}" for i in range(table.n_vars)]
+    table.write_h5ad(other)
+    for file, more, says in ((half, [], "half.h5ad: --cells: cannot be opened"), (other, [], "other.h5ad: var_names (genes): 0 of the model's"),
+                             (cells, ["--layer", "spliced"], "layers/spliced"), (cells, ["--slide-key", "batch"], "obs['batch']")):
+        refused(tmp_path / "out", "--model", trained / "model", "--cells", cells, file, *more, says=says)
+    out = tmp_path / "maps"
+    shutil.copy(cells, tmp_path / "клетки 1.h5ad")
+    command("--model", trained / "model", "--cells", tmp_path / "клетки 1.h5ad", "--out", out)
+    assert workflow.inputs_of(out / "config.yaml") == {"клетки_1": str(tmp_path / "клетки 1.h5ad")}
+    plan = snakemake(out, "-n", "--printshellcmds")
+    assert "placed/клетки_1.h5ad" in plan and "--config config.yaml" in plan
