@@ -76,6 +76,15 @@ def test_guides_quote_what_the_code_says(docs):
     assert "Remedy: give raw counts, not z-scores" in page and "`.loom`" in page
 
 
+def test_guides_can_be_read_in_the_clone():
+    """Their links lead to files that are there, and a table that only the website has leaves no heading without a sentence."""
+    for path in sorted((ROOT / "nbs/site").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        dead = [link for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", text) if not (path.parent / link).exists()]
+        assert not dead, (path.name, dead)
+        assert not re.search(r"^## .*\n+<!--", text, re.MULTILINE), path.name
+
+
 def test_every_page_is_in_the_navigation(docs):
     def leaves(node):
         for entry in node:
