@@ -272,7 +272,7 @@ def near(lists: Alike, places: np.ndarray, source: np.ndarray, reach: float) -> 
     total = raw.sum(1, keepdims=True)
     return Alike(lists.index, np.where(total > 0, raw / np.maximum(total, 1e-30), lists.weight).astype(np.float32), lists.size)
 
-# %% ../../nbs/reconstruct/23_transfer.ipynb #0a677e02
+# %% ../../nbs/reconstruct/23_transfer.ipynb #a5ced001
 @dataclass
 class _Asked:
     "All sources one under the other, rehearsed by each kind of features, and the lists (`distance`, `index`) of the target; `refine` is what places do to lists."
@@ -290,7 +290,7 @@ class _Asked:
         lists = Alike(index[:, :k], weigh(distance[:, :k]).astype(np.float32), values.shape[0])
         return self.tried[kind], self.refine(lists), {"features": kind, "list": k}
 
-
+# %% ../../nbs/reconstruct/23_transfer.ipynb #a5ced003
 def _keys(labels: Sequence[str]) -> list[str]:
     "`labels` as names of columns in a file: `/`, which would start a group there, becomes `|` (`||`, ... where that is taken)."
     taken, out = set(labels), []
