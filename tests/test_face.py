@@ -89,7 +89,7 @@ NOT_IMPORTED = {"jupyterlab": "make lab", "voila": "gears explore", "ipykernel":
                 "tensorboard": "torch.utils.tensorboard"}
 # parts of declared packages, or pulled in by them for certain
 COMES_ALONG = {"IPython": "ipykernel", "traitlets": "anywidget", "jupyter_client": "ipykernel", "PIL": "matplotlib", "packaging": "anndata",
-               "threadpoolctl": "scikit-learn", "zarr": "anndata", "statsmodels": "scanpy", "spatialdata": "squidpy", "mkdocs": "mkdocs-material"}
+               "threadpoolctl": "scikit-learn", "zarr": "anndata", "statsmodels": "scanpy", "spatialdata": "squidpy", "mkdocs": "mkdocs-material", "yaml": "snakemake"}
 
 
 OF_THEIR_OWN = {"novosparc", "moscot", "tangram", "CeLEry"}  # imported by benchmark/adapters.py in environments that peers.ini describes

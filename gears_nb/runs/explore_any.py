@@ -100,7 +100,7 @@ def flat(adata: AnnData, key: str, basis: str = "pca", seed: int = 0) -> np.ndar
         out[ok] = UMAP(n_neighbors=min(15, max(2, int(ok.sum()) - 1)), random_state=seed, n_jobs=1).fit_transform(Z[ok])
     return out
 
-# %% ../../nbs/runs/18_explore_any.ipynb #e50f8d92
+# %% ../../nbs/runs/18_explore_any.ipynb #566427f7
 LEVELS, GENES = 30, 8
 "Levels of a category at most; genes that are offered as colours."
 _UNITS = {"gears_confidence": "1 sure, 0 anywhere", "gears_error": "RMS radii", "gears_spread": "RMS radii"}
@@ -135,7 +135,7 @@ def gene_colours(adata: AnnData, values: np.ndarray, genes: Sequence[str] = (), 
     column = lambda g: values[:, adata.var_names.get_loc(g)]
     return [number(f"{of} {g}", *[column(g)] * groups, unit=unit, diverging=diverging) for g in dict.fromkeys([*genes, *most])]
 
-
+# %% ../../nbs/runs/18_explore_any.ipynb #072e6606
 def foretold_colours(adata: AnnData, genes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Colourings by genes that `gears transfer` carried over: those of `genes` that it did, then those that are told and vary most; none for other tables."""
     record = json.loads(adata.uns["gears_transfer"]).get("genes") if "gears_transfer" in adata.uns and "gears_genes" in adata.obsm else None
