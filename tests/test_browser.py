@@ -23,6 +23,7 @@ GEARS = str(Path(sys.executable).parent / "gears")
 LOOPBACK = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
 PATIENCE = 120_000  # milliseconds; on a busy machine a page can take long, and a test that passes does not wait
 NAMES = ("attention", "recycles", "gate", "reconstruction", "distortion")
+EXPLORERS = ("attention", "recycles", "gate", "distortion")  # of an exported page, whose reconstruction is a map above them
 
 PIXEL = """([view, x, y, panel]) => {
     const plot = document.querySelector(`[data-gears-view="${view}"][data-gears-panel="${panel}"]`);
@@ -404,13 +405,21 @@ def exported(run, tmp_path_factory):
     return target
 
 
+def read_on(page):
+    """Scroll through the page, as a reader does: the explorers below the maps are drawn when they come near."""
+    page.wait_for_selector(".js-plotly-plot")
+    for box in page.locator("[data-view]").all():
+        box.scroll_into_view_if_needed()
+
+
 def test_exported_page(exported, runs, browser):
     """One file, opened from disk: hover, sliders and query selection work, and nothing is asked for beyond the file."""
     page = opened(browser, offline=True)
     beyond, errors = watch_network(page), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(exported.as_uri())
-    for name in NAMES:
+    read_on(page)
+    for name in EXPLORERS:
         page.wait_for_selector(f'.js-plotly-plot[data-gears-view="{name}"]')
     seen, gate = Widget(page, "attention"), runs["H-gate"]
     spot = int(np.argmax(places(gate)[:, 1]))
@@ -435,6 +444,7 @@ def test_dark_page(exported, browser):
     for scheme in ("light", "dark"):
         page = opened(browser, color_scheme=scheme)
         page.goto(exported.as_uri())
+        read_on(page)
         page.wait_for_selector('.js-plotly-plot[data-gears-view="distortion"]')
         shades.append(page.evaluate("() => getComputedStyle(document.querySelector('.gears-explorer')).backgroundColor.match(/[0-9]+/g).map(Number)"))
         page.close()
