@@ -76,6 +76,21 @@ def test_is_clean(path):
     assert all(set(c["metadata"]) <= {"tags"} for c in content["cells"])
 
 
+OPENINGS = [(path, cell, key[1]) for path in NOTEBOOKS for cell, source in cells(path, "code") if (key := re.search(r'(?m)^on_file\("([\w/]+)"', source))]
+
+
+@pytest.mark.parametrize("cell, key", [opening[1:] for opening in OPENINGS], ids=[key for *_, key in OPENINGS])
+def test_a_page_opens_with_the_record_on_file(cell, key):
+    """What a page keeps of its record is of the record that is on file, with a figure; or it says that there is none."""
+    record, kept = ROOT / "figures" / key / "results.json", json.dumps(cell["outputs"])
+    if not record.is_file():
+        assert "No complete run on file yet" in kept, "keep the outputs of this page again"
+        return
+    digest = json.loads(record.read_text(encoding="utf-8"))["notebook"]["digest"][:8]
+    assert f"code {digest}" in kept, f"of an older run: keep the outputs of this page again (record {digest})"
+    assert any(kind.startswith("image/") for output in cell["outputs"] for kind in output.get("data", {})), "no figure: is it larger than a page may keep?"
+
+
 def test_parameter_tags_survive_cleaning(tmp_path):
     """nbdev's cleaner must keep papermill's tag, or every experiment silently loses its parameters."""
     from gears_nb.lab.runner import catalogue
