@@ -160,7 +160,7 @@ def test_bad_settings(more, words, files, capsys):
 @pytest.mark.parametrize("more, words", [
     (["runs/demo", "-p", "sed=1"], ["sed", "perhaps seed was meant"]), (["runs/demo", "-p", "seed=one"], ["seed", "int"]),
     (["runs/demo", "-p", "seed"], ["name=value"]), (["runs/demoo"], ["runs/demo"]), (["runs/demo", "--profile", "huge"], ["profile", "smoke"]),
-    (["runs/cli", "-p", "seed=1"], ["no parameters"]), (["encoder/h1_qc", "-p", "seed=-1"], ["seed", "whole number from 0"]),
+    (["runs/cli", "-p", "seed=1"], ["no parameters"]), (["encoder/h1_qc", "-p", "seed=-1"], ["seed", "whole number from 0"]), (["structure/stability", "-p", "seeds=-1"], ["seeds", "whole number from 0"]),
 ])
 def test_bad_notebook_parameter(more, words, tmp_path, capsys):
     refused(capsys, tmp_path, lambda: main(["run", *more]), *words)

@@ -147,8 +147,9 @@ def check_parameters(notebook: Notebook, given: Mapping[str, Any]) -> dict[str, 
         if not _fits(value, kind):
             raise InputError(f"notebook {notebook.key}", name, f"is {value!r}, of type {type(value).__name__}",
                              f"give a value of type {kind.__name__}, such as the default {known[name].default!r}")
-        if name in ("seed", "seeds") and isinstance(value, int) and value < (name == "seeds"):
-            raise InputError(f"notebook {notebook.key}", name, f"is {value}", "give a whole number from 1" if name == "seeds" else "give a whole number from 0")
+        least = int(name == "seeds" and known[name].default != 0)  # where the default of `seeds` is 0, it means: the tissue's own
+        if name in ("seed", "seeds") and isinstance(value, int) and value < least:
+            raise InputError(f"notebook {notebook.key}", name, f"is {value}", f"give a whole number from {least}")
         checked[name] = float(value) if kind is float else list(value) if kind is list else value
     return checked
 
