@@ -166,6 +166,14 @@ def test_bad_notebook_parameter(more, words, tmp_path, capsys):
     refused(capsys, tmp_path, lambda: main(["run", *more]), *words)
 
 
+def test_out_is_read_from_where_the_caller_stands(tmp_path, monkeypatch):
+    """A notebook runs in its own folder; a relative `out` must not end up there."""
+    from gears_nb.lab.runner import check_parameters, find
+    monkeypatch.chdir(tmp_path)
+    assert check_parameters(find("structure/recipe"), {"out": "here"})["out"] == str(tmp_path / "here")
+    assert check_parameters(find("structure/recipe"), {"out": ""})["out"] == ""
+
+
 @pytest.mark.parametrize("more, words", [((), "one of the slides"), (("--cells", "T", "--timeout", "0"), "--timeout"), (("--cells", "T", "--model-kind", "nonsense"), "unknown model")])
 def test_benchmark_refuses(more, words, files, capsys):
     """A query that every method has seen, no time, a model that does not exist."""

@@ -150,6 +150,8 @@ def check_parameters(notebook: Notebook, given: Mapping[str, Any]) -> dict[str, 
         least = int(name == "seeds" and known[name].default != 0)  # where the default of `seeds` is 0, it means: the tissue's own
         if name in ("seed", "seeds") and isinstance(value, int) and value < least:
             raise InputError(f"notebook {notebook.key}", name, f"is {value}", f"give a whole number from {least}")
+        if name == "out" and value:
+            value = str(Path(value).expanduser().absolute())  # from where the caller stands: the notebook runs in its own folder
         checked[name] = float(value) if kind is float else list(value) if kind is list else value
     return checked
 
