@@ -76,10 +76,10 @@ def test_is_clean(path):
     assert all(set(c["metadata"]) <= {"tags"} for c in content["cells"])
 
 
-OPENINGS = [(path, cell, key[1]) for path in NOTEBOOKS for cell, source in cells(path, "code") if (key := re.search(r'(?m)^on_file\("([\w/]+)"', source))]
+OPENINGS = [(cell, key[1]) for path in NOTEBOOKS for cell, source in cells(path, "code") if (key := re.search(r'(?m)^on_file\("([\w/]+)"', source))]
 
 
-@pytest.mark.parametrize("cell, key", [opening[1:] for opening in OPENINGS], ids=[key for *_, key in OPENINGS])
+@pytest.mark.parametrize("cell, key", OPENINGS, ids=[key for _, key in OPENINGS])
 def test_a_page_opens_with_the_record_on_file(cell, key):
     """What a page keeps of its record is of the record that is on file, with a figure; or it says that there is none."""
     record, kept = ROOT / "figures" / key / "results.json", json.dumps(cell["outputs"])

@@ -131,7 +131,7 @@ def _fits(value: Any, kind: type | None) -> bool:
 
 # %% ../../nbs/lab/09_runner.ipynb #773730a0
 def check_parameters(notebook: Notebook, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with text read as values, checked against the notebook's parameters.
+    """`given` with text read as values, checked against the notebook's parameters. A relative `out` is made absolute.
 
     Raises `InputError` for an unknown name (with the nearest one) and for a value of another type than the default's.
     """
